@@ -1,0 +1,763 @@
+"""Pre-train an encoder by recovering damaged images: *Beyond Masking* (BM, arXiv 2203.14313), sections 3, 4.1, A.
+
+    python pretrain.py --task zoom_in_mask                                     a laptop's CPU, built-in data
+    torchrun --nproc_per_node=2 pretrain.py --task zoom_in_mask                the same run on two processes
+    torchrun --nproc_per_node=8 pretrain.py --task zoom_in_mask --data /path/to/imagenet       the paper's run
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
+        pretrain.py --task zoom_in_mask --data /path/to/imagenet                               on two machines
+
+view (an augmented image batch) -> degrade (what the encoder sees, what is hidden, what is to be recovered)
+-> model (a picture) -> losses (a number). A run leaves checkpoint.pt, log.jsonl, config.json and pictures in --out.
+The built-in data takes minutes on a CPU; the paper's run days on eight GPUs.
+
+Randomness is a function of (seed, step), or (seed, epoch, image) for what a loader reads, never of how the work is
+split: processes, accumulation, workers and resuming do not change what is drawn.
+Exit code: 0 done, 1 the run failed, 2 bad request, 130 / 143 stopped by a signal after saving.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import degrade
+import losses
+import models
+
+# What a data set asks for when the command line does not say: the paper's recipe for a folder of images, a small
+# one for what fits a CPU. lr is per 256 images of the global batch; micro is the largest batch of one process.
+RECIPES = {
+    "folder": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup=40,
+                   batch_size=4096, micro=64, lr=1.5e-4, crop=[0.2, 1.0]),
+    "shapes": dict(model="vit_micro", img_size=[32], patch_size=4, epochs=15, warmup=0.75,
+                   batch_size=256, micro=256, lr=1.5e-3, crop=[0.5, 1.0]),
+    "small":  dict(model="vit_micro", img_size=[32], patch_size=4, epochs=12, warmup=0.6,
+                   batch_size=256, micro=256, lr=1.5e-3, crop=[0.5, 1.0]),
+}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
+SAME_RUN = ("task", "settings", "model", "data", "img_size", "patch_size", "decoder", "total_steps", "warmup_steps",
+            "batch_size", "lr", "weight_decay", "crop", "seed", "norm_target", "band_weight")
+
+
+class BadRequest(Exception):
+    """What the user asked for cannot be done. One line: the value, why, and what would do. Exit code 2."""
+
+
+class Failure(Exception):
+    """The run cannot go on. One line; the last good checkpoint is intact. Exit code 1."""
+
+
+def seeded(*key):
+    """A CPU generator that depends on all the non-negative integers of `key`."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+CROP, DAMAGE, ORDER, PICTURE = range(4)          # streams of random numbers that must not meet
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files: written whole or not at all
+# ---------------------------------------------------------------------------------------------------
+
+def write_whole(path, write):
+    """write(file) into a neighbour of `path`, then put it in its place: a reader never meets half a file."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                    # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise OSError(f"could not write {path}: {error}".splitlines()[0]) from error
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def load_checkpoint(path):
+    """A checkpoint of this project, as a dict. BadRequest when it is missing, damaged, foreign or holds code."""
+    if not os.path.isfile(path):
+        raise BadRequest(f"no checkpoint at {path}: give the path of a checkpoint.pt, or --resume alone to start anew")
+    try:
+        state = models.read_weights(path)
+    except ValueError as error:
+        raise BadRequest(str(error))
+    missing = [k for k in ("model", "optimizer", "scaler", "step", "config") if k not in state]
+    if missing:
+        raise BadRequest(f"{path} is not a run's checkpoint (no '{missing[0]}' in it): "
+                         "--resume takes a checkpoint.pt written by this script, --weights takes plain weights")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data: views
+# ---------------------------------------------------------------------------------------------------
+
+def crop_boxes(u, height, width, scale):
+    """RandomResizedCrop's box for each row of uniform numbers u (n, 22): (n, 4) = (top, left, height, width).
+
+    scale: share of the area, aspect 3/4 .. 4/3 (log-uniform); the first of ten tries that fits the image counts,
+    or else the largest central box of an allowed aspect.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])                     # (n, 10)
+    aspect = torch.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))
+    w, h = (area * aspect).sqrt().round().clamp(min=1), (area / aspect).sqrt().round().clamp(min=1)
+    fits = (w <= width) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    none = ~fits.any(1)
+    h = torch.where(none, min(height, round(width * 4 / 3)), h.gather(1, first)[:, 0])
+    w = torch.where(none, min(width, round(height * 4 / 3)), w.gather(1, first)[:, 0])
+    top, left = (u[:, 20] * (height - h + 1)).floor(), (u[:, 21] * (width - w + 1)).floor()
+    top, left = torch.where(none, (height - h) // 2, top), torch.where(none, (width - w) // 2, left)
+    return torch.stack([top, left, h, w], dim=1)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(length, seed, epoch):
+    return torch.randperm(length, generator=seeded(seed, ORDER, epoch))
+
+
+def samples(step, batch, length, seed):
+    """(epoch, index) of each image of the global batch `step`: (batch, 2) int64. Every epoch is a permutation of
+    all images, and a batch may begin in one epoch and end in the next, so none is left out.
+    """
+    place = torch.arange(step * batch, (step + 1) * batch)
+    epochs, within = place // length, place % length
+    index = torch.empty_like(place)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        index[here] = _permutation(length, seed, epoch)[within[here]]
+    return torch.stack([epochs, index], dim=1)
+
+
+class MemorySet:
+    """Images that fit in memory, (n, C, H, W) uint8 on the device, cropped and flipped there as a batch."""
+
+    def __init__(self, images, labels, device):
+        self.images, self.labels, self.channels = images.to(device), labels, images.shape[1]
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, steps, batch, parts, size, scale, seed, **_):
+        """Yields (view (k, C, *size) in [0, 1], no bad files) for every step and every part = (first, k) of it."""
+        H, W = self.images.shape[2:]
+        for step in steps:
+            index = samples(step, batch, len(self), seed)[:, 1]
+            u = torch.rand(batch, 23, generator=seeded(seed, CROP, step))
+            box, flip = crop_boxes(u, H, W, scale), u[:, 22] < 0.5
+            for first, k in parts:
+                rows = slice(first, first + k)
+                images = self.images[index[rows].to(self.images.device)].float() / 255
+                view = degrade.crop_resize(images, box[rows].to(images.device), size, cubic=True).clamp(0, 1)
+                yield torch.where(flip[rows, None, None, None].to(view.device), view.flip(3), view), []
+
+    def picture_views(self, n, size):
+        return degrade.scaled(self.images[:n].float() / 255, size)
+
+
+class Shapes(NamedTuple):
+    """The built-in data: one object on a background, what it is and where, known by construction."""
+    images: torch.Tensor                # (n, 3, size, size) uint8
+    labels: torch.Tensor                # (n,) int64: SHAPES' row
+    masks: torch.Tensor                 # (n, size, size) bool: the object's pixels
+    boxes: torch.Tensor                 # (n, 4) float: the mask's x0, y0, x1, y1 in pixels
+
+
+def _bar(a, b, width, height):
+    return torch.minimum(width - a.abs(), height - b.abs())
+
+
+# Each shape as a function of (u, v) in its own frame: positive inside, about the distance to the outline.
+SHAPES = {
+    "disc": lambda u, v: 0.9 - (u * u + v * v).sqrt(),
+    "ring": lambda u, v: 0.24 - ((u * u + v * v).sqrt() - 0.7).abs(),
+    "square": lambda u, v: _bar(u, v, 0.8, 0.8),
+    "triangle": lambda u, v: 0.55 - torch.stack([v, 0.866 * u - 0.5 * v, -0.866 * u - 0.5 * v]).amax(0),
+    "cross": lambda u, v: torch.maximum(_bar(u, v, 0.28, 0.95), _bar(u, v, 0.95, 0.28)),
+    "star": lambda u, v: 0.38 + 1.24 * ((torch.atan2(v, u) * 2.5 / math.pi) % 1 - 0.5).abs() - (u * u + v * v).sqrt(),
+    "crescent": lambda u, v: torch.minimum(0.95 - (u * u + v * v).sqrt(), ((u - 0.45) ** 2 + v * v).sqrt() - 0.7),
+    "corner": lambda u, v: torch.maximum(_bar(u + 0.55, v, 0.3, 0.9), _bar(u, v - 0.6, 0.85, 0.3)),
+    "bars": lambda u, v: _bar(u.abs() - 0.55, v, 0.24, 0.9),
+    "half_disc": lambda u, v: torch.minimum(1 - (u * u + (v + 0.45) ** 2).sqrt(), v + 0.45),
+}
+
+
+def shapes(n, size=48, seed=0, chunk=500):
+    """n generated pictures, (n, 3, size, size), their ten classes in equal parts and random order.
+
+    The label is the shape alone: colours, faint stripes, background, place, size, turn (up to 0.5 rad either
+    way) and aspect are random. The object fills more than half of the picture's width.
+    """
+    generator = seeded(seed, n, size)
+    labels = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=generator)]
+    u01 = torch.rand(n, 20, generator=generator)
+    images, masks = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, size, size, dtype=torch.bool)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+
+    def wave(angle):                                            # the coordinate along a direction, (k, size, size)
+        return axis * torch.cos(2 * math.pi * angle) + axis[:, None] * torch.sin(2 * math.pi * angle)
+
+    for label, outline in enumerate(SHAPES.values()):
+        for rows in (labels == label).nonzero()[:, 0].split(chunk):
+            r = u01[rows].T[:, :, None, None]                                                  # (20, k, 1, 1)
+            radius, aspect, turn = 0.62 + 0.28 * r[0], 2 ** (0.5 * r[1] - 0.25), r[2] - 0.5
+            x, y = (axis.view(shape) - (2 * c - 1) * (1.05 - radius) for shape, c in (((1, -1), r[3]), ((-1, 1), r[4])))
+            u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+            inside = outline(u / radius * aspect, v / radius / aspect) * radius * size / 2      # in pixels
+            near, far, paint = (c.movedim(0, 1) for c in (r[5:8], (r[5:8] + 0.5 * r[8:11] - 0.25).clamp(0, 1), r[11:14]))
+            ramp = (0.5 + wave(r[14]) / 2.84)[:, None]
+            ground = near * (1 - ramp) + far * ramp                                            # (k, 3, size, size)
+            middle = (near + far) / 2
+            close = (paint - middle).abs().amax(1, keepdim=True) < 0.45                        # an object must show
+            paint = torch.where(close, (middle + 0.5) % 1, paint) + 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * wave(r[15]))[:, None]
+            cover = (0.5 + inside).clamp(0, 1)[:, None]
+            images[rows] = ((ground * (1 - cover) + paint * cover).clamp(0, 1) * 255).round().to(torch.uint8)
+            masks[rows] = inside > 0
+    return Shapes(images, labels, masks, torchvision.ops.masks_to_boxes(masks))
+
+
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def read_image(path):
+    """Any image file as RGB: (3, H, W) uint8, upright (EXIF). OSError, with the reason, when it cannot be read."""
+    try:
+        image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
+        if image.dtype == torch.uint8:
+            return image
+    except RuntimeError:
+        pass                                                    # Pillow reads more kinds, and says what is wrong
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                      # 16 bits a pixel
+                pixels = np.asarray(image, dtype=np.float32) / 257
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:                                  # Pillow's plug-ins raise whatever they like
+        raise OSError(f"{path}: {type(error).__name__} {error}".splitlines()[0]) from error
+
+
+class FolderSet(torch.utils.data.Dataset):
+    """All images below a folder, nested or flat. An item is asked for as (epoch, index)."""
+    channels = 3
+
+    def __init__(self, folder):
+        found = sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
+                       for name in names if name.lower().endswith(IMAGE_FILES))
+        if not found:
+            raise BadRequest(f"no images in {folder}: looked there and below for {' '.join(IMAGE_FILES)}")
+        self.paths = np.array([os.fsencode(p) for p in found])                 # one block, not a million objects
+
+    def __len__(self):
+        return len(self.paths)
+
+    def path(self, index):
+        return os.fsdecode(self.paths[index % len(self)])
+
+    def __getitem__(self, item):
+        """-> view (3, *size) uint8, and None or (the file that could not be read, why)."""
+        (epoch, index), bad = item, None
+        for other in range(min(100, len(self))):                # a bad image is replaced by the next good one
+            try:
+                image = read_image(self.path(index + other))
+                break
+            except OSError as error:
+                bad = bad or (self.path(index), str(error))
+        else:
+            raise Failure(f"{self.path(index)} and the {other} images after it cannot be read")
+        u = torch.rand(1, 23, generator=seeded(self.seed, CROP, epoch, index))
+        top, left, h, w = crop_boxes(u, *image.shape[1:], self.scale)[0].int().tolist()
+        view = TF.resized_crop(image, top, left, h, w, list(self.size), TF.InterpolationMode.BICUBIC, antialias=True)
+        return view.flip(2) if u[0, 22] < 0.5 else view, bad
+
+    def batches(self, steps, batch, parts, size, scale, seed, device, workers):
+        """As MemorySet.batches, and the bad files met: [(path, why), ...]. Read by `workers` processes."""
+        self.size, self.scale, self.seed = size, scale, seed
+        wanted = (samples(step, batch, len(self), seed)[first:first + k].tolist() for step in steps for first, k in parts)
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=wanted, num_workers=workers, collate_fn=_stack, worker_init_fn=_worker,
+            pin_memory=device.type == "cuda")                   # CUDA only: copies overlap with computing
+        for views, bad in loader:
+            yield views.to(device, non_blocking=True).float() / 255, bad
+
+    def picture_views(self, n, size):
+        views = []
+        for index in range(len(self)):
+            with contextlib.suppress(OSError):
+                image = read_image(self.path(index))
+                short = min(image.shape[1] / size[0], image.shape[2] / size[1])
+                box = TF.center_crop(image, [max(1, round(side * short)) for side in size])
+                views.append(TF.resize(box, list(size), TF.InterpolationMode.BICUBIC, antialias=True))
+            if len(views) == n:
+                break
+        return torch.stack(views).float() / 255
+
+
+def _stack(items):
+    return torch.stack([view for view, _ in items]), [bad for _, bad in items if bad]
+
+
+def _worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to answer
+
+
+def load_data(config, device):
+    """--data as a set with .channels, len(), .batches(...) and .picture_views(...). BadRequest when there is none."""
+    name = config["data"]
+    if name == "shapes":
+        made = shapes(30000, seed=0)
+        return MemorySet(made.images, made.labels, device)
+    if name in TORCHVISION:
+        kind, split = getattr(torchvision.datasets, TORCHVISION[name]), {"split": "train+unlabeled"} if name == "stl10" else {}
+        try:
+            made = kind(config["root"], download=config["download"], **split)
+        except (RuntimeError, OSError) as error:
+            raise BadRequest(f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): "
+                             "add --download, or --root with the folder that holds it")
+        images = torch.as_tensor(made.data)
+        images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
+        return MemorySet(images.contiguous(), None, device)
+    if not os.path.isdir(name):
+        raise BadRequest(f"--data {name} is neither a folder nor one of shapes, {', '.join(TORCHVISION)}")
+    inner = os.path.join(name, "train")
+    return FolderSet(inner if os.path.isdir(inner) else name)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes, precision, schedule
+# ---------------------------------------------------------------------------------------------------
+
+class Place(NamedTuple):
+    """Where this process stands: rank of world, and its device."""
+    rank: int
+    world: int
+    device: torch.device
+
+
+def set_up(device="auto"):
+    """Join the processes torchrun started (or be the only one), divide the threads, choose the device -> Place."""
+    rank, world, local, per_node = (int(os.environ.get(k, d)) for k, d in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise BadRequest("--device cuda: torch sees no CUDA device here, choose --device cpu")
+        if local >= torch.cuda.device_count():
+            raise BadRequest(f"{per_node} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                             "lower --nproc_per_node, or --device cpu")
+        torch.cuda.set_device(local)                            # CUDA only: one GPU a process
+        torch.set_float32_matmul_precision("high")              # CUDA only: TF32 where autocast leaves float32
+        device = f"cuda:{local}"
+    torch.set_num_threads(max(1, cores() // per_node))
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Place(rank, world, torch.device(device))
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def precision(amp, device):
+    """--amp as (autocast dtype or None, name): auto is bf16 where the hardware has it, else fp16 on a GPU, else off."""
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            amp = "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], amp
+
+
+def learning_rate(step, total, warmup, peak):
+    """Linear warm-up over `warmup` steps, then half a cosine down to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """No weight decay on biases, norms, tokens and positions."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    free = [p for n, p in trained if p.ndim <= 1 or n.endswith(("token", "pos_embed"))]
+    rest = [p for n, p in trained if not (p.ndim <= 1 or n.endswith(("token", "pos_embed")))]
+    return [dict(params=rest, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
+
+
+def agree(values, place):
+    """Sum a list of numbers over the processes. Every process calls it at the same point of the loop."""
+    if place.world == 1:
+        return values
+    summed = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+class Signals:
+    """SIGTERM and Ctrl-C are remembered, and answered at the end of the step; the second one ends it at once."""
+    received = 0
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        self.received = int(number)
+
+
+class Log:
+    """log.jsonl: a JSON object a line. Going on from `step` drops the lines after it, so each step stands once."""
+
+    def __init__(self, path, step):
+        if os.path.exists(path):
+            with open(path) as file:
+                whole = [line for line in file if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_whole(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", buffering=1)
+
+    def __call__(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        raise BadRequest(f"{message} (see --help)")
+
+
+def common_options(p):
+    """The options that mean the same in every script."""
+    o = p.add_argument
+    o("--data", default="shapes", metavar="DIR|NAME", help="a folder of images, or shapes (built in), " + ", ".join(TORCHVISION) + "; default: shapes")
+    o("--root", default="data", help="where the torchvision sets are kept; default: ./data")
+    o("--download", action="store_true", help="fetch the torchvision set into --root if it is not there")
+    o("--model", choices=models.MODELS, help="default: vit_base for a folder, vit_micro for the small sets")
+    o("--img_size", type=int, nargs="+", metavar="PX", help="input size S, or height and width; default: 224 or 32")
+    o("--patch_size", type=int, metavar="PX", help="default: 16 or 4")
+    o("--epochs", type=float, help="passes over the data; default: 300 for a folder, 12-15 for the small sets")
+    o("--steps", type=int, help="a complete run of so many optimiser steps, warm-up and decay included, whatever --epochs says")
+    o("--batch_size", type=int, help="images per optimiser step over all processes; default: 4096 or 256")
+    o("--accum", type=int, help="batches a step is split into on each process; default: as few as keep one at 64 images or fewer (256 for the small sets)")
+    o("--lr", type=float, help="base learning rate, per 256 images of the batch; default: 1.5e-4 or 1.5e-3")
+    o("--weight_decay", type=float, default=0.05, help="default: 0.05")
+    o("--warmup", type=float, metavar="EPOCHS", help="epochs of linear warm-up; default: 40 of 300, or a twentieth of a small run")
+    o("--seed", type=int, default=0, help="default: 0")
+    o("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: a GPU if there is one")
+    o("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; default: what the device is fast at")
+    o("--workers", type=int, help="loader processes for a folder; default: 1 on a CPU, up to 8 with a GPU")
+    o("--compile", action="store_true", help="torch.compile the model")
+    o("--out", metavar="DIR", help="the run's folder; default: runs/TASK-MODEL-DATA")
+    o("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint; without a path from the one in --out, if it is there")
+    o("--save_every", type=int, metavar="STEPS", help="steps between checkpoints and pictures; default: a twentieth of the run, at least 50")
+    o("--log_every", type=int, default=20, metavar="STEPS", help="steps between lines of log.jsonl; default: 20")
+    o("--weights", default="none", metavar="PATH|none", help="start from these weights (ours, MAE's or timm's names); default: none")
+
+
+def options():
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+               epilog="tasks:\n" + "\n".join(f"  {name:13} {row.about}" for name, row in degrade.TASKS.items()))
+    p.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, help="default: zoom_in_mask")
+    common_options(p)
+    o = p.add_argument
+    o("--decoder", metavar="DEPTHxWIDTHxHEADS", help="default: 4x384x6 (BM), 2x64x2 for vit_micro; MAE's is 8x512x16")
+    o("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop; default: 0.2 1 or 0.5 1")
+    o("--norm_target", default="patch", choices=("patch", "channel", "off"), help="target pixels normalised per patch (MAE), per patch and channel (BM's code), or plain; default: patch")
+    o("--band_weight", type=float, default=0.2, help="weight of the outer band in zoom_in_mask, the centre's is one minus it; default: 0.2")
+    tasks = p.add_argument_group("settings of the tasks", "default: the paper's best, see degrade.TASKS")
+    known = {k: v for task in degrade.TASKS for k, v in degrade.task_settings(task).items()}
+    for name, default in known.items():
+        kind, text = degrade.SETTINGS.get(name, (type(default), None))
+        what = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+        tasks.add_argument(f"--{name}", help=text, **what, **(dict(nargs=len(default)) if isinstance(default, tuple) else {}))
+    return p
+
+
+def resolve(args, place, length, channels):
+    """The command line and the data's recipe as one dict of JSON values. BadRequest for what cannot be run."""
+    c = dict(vars(args))
+    recipe = RECIPES.get(c["data"], RECIPES["small" if c["data"] in TORCHVISION else "folder"])
+    c.update((k, v) for k, v in recipe.items() if c.get(k) is None)
+    if len(c["img_size"]) > 2:
+        raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
+    size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
+    taken = degrade.task_settings(c["task"])
+    given = {k: c.pop(k) for k in list(c) if k in degrade.SETTINGS or k in taken}
+    stray = [k for k, v in given.items() if v is not None and k not in taken]
+    if stray:
+        raise BadRequest(f"--{stray[0]} does nothing in task {c['task']}: it takes {', '.join('--' + k for k in taken)}")
+    c["settings"] = {k: given[k] if given.get(k) is not None else v for k, v in taken.items()}
+    positive = ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every")
+    for name in positive:
+        if c[name] is not None and not c[name] > 0:
+            raise BadRequest(f"--{name} {c[name]} must be more than 0")
+    if not 0 < c["crop"][0] <= c["crop"][1] <= 1:
+        raise BadRequest(f"--crop {c['crop'][0]} {c['crop'][1]} must be 0 < MIN <= MAX <= 1")
+    if not 0 <= c["band_weight"] <= 1:
+        raise BadRequest(f"--band_weight {c['band_weight']} is outside [0, 1]")
+
+    B, world, micro = c["batch_size"], place.world, c.pop("micro")
+    if c["accum"] is None:
+        c["accum"] = next((a for a in range(1, B + 1) if B % (world * a) == 0 and B // (world * a) <= micro), 1)
+    if B % (world * c["accum"]):
+        raise BadRequest(f"--batch_size {B} cannot be shared by {world} processes x {c['accum']} accumulated batches: "
+                         f"choose a multiple of {world * c['accum']}")
+    c["images_per_process"] = B // (world * c["accum"])
+    c["actual_lr"] = c["lr"] * B / 256                          # linear scaling
+    c["total_steps"] = c["steps"] or math.ceil(c["epochs"] * length / B)
+    if args.warmup is None:                                     # the recipe's share of the run
+        c["warmup_steps"] = round(c["total_steps"] * recipe["warmup"] / recipe["epochs"])
+    else:
+        c["warmup_steps"] = round(args.warmup * length / B)
+    c["warmup"] = c["warmup_steps"] * B / length
+    c["save_every"] = c["save_every"] or max(50, c["total_steps"] // 20)
+    if c["workers"] is None:
+        c["workers"] = min(8, cores()) if place.device.type == "cuda" else 1
+    c["out"] = c["out"] or os.path.join("runs", f"{c['task']}-{c['model']}-{os.path.basename(os.path.normpath(c['data']))}")
+    c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
+    c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device)[1])
+    try:                                                        # one small batch through the whole request
+        tiny = degrade.degrade(torch.zeros(2, channels, *c["view"]), c["task"], tuple(size), c["patch_size"],
+                               seeded(0), **c["settings"])
+        losses.patchify(tiny.inputs, c["patch_size"])
+    except ValueError as error:
+        raise BadRequest(str(error))
+    return c
+
+
+def provenance():
+    """What a run should be traced back to: command, versions, hardware, commit if there is one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                                capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+    return dict(command=" ".join(sys.argv), torch=torch.__version__, torchvision=torchvision.__version__,
+                hardware=hardware, commit=commit, started=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def draw_picture(path, model, data, c, device):
+    """Rows of view | what the encoder sees | recovered, of the set's first images, as a PNG."""
+    size, p = tuple(c["img_size"]), c["patch_size"]
+    view = data.picture_views(8, tuple(c["view"])).to(device)
+    view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
+    d = degrade.degrade(view, c["task"], size, p, seeded(c["seed"], PICTURE), **c["settings"])
+    model.eval()
+    with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+        prediction = model(d.inputs, d.hidden)
+    model.train()
+    recovered = losses.recovered_picture(prediction, model.normalize(d.target), size, p, c["norm_target"])
+    recovered = degrade.paste_visible(model.denormalize(recovered), d, p)
+    titles = ("view", "encoder sees", "recovered" + ("" if c["norm_target"] == "off" else "*"))
+    note = "" if c["norm_target"] == "off" else "* each patch's mean and contrast are the view's: the loss asks for neither"
+    sheet = degrade.sheet([d.target, degrade.seen(d, p), recovered], titles, note)
+    write_whole(path, lambda file: sheet.save(file, format="PNG"))
+
+
+def train(c, place, data, model, optimizer, scaler, start, progress):
+    """The loop: learning rate, forward, backward, step, log, save. Returns the exit code."""
+    device, size, main = place.device, tuple(c["img_size"]), place.rank == 0
+    net = model
+    if c["compile"]:
+        model.compile()
+    if place.world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    apart = getattr(net, "no_sync", contextlib.nullcontext)
+    k, B = c["images_per_process"], c["batch_size"]
+    parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
+    views = data.batches(range(start, c["total_steps"]), B, parts, tuple(c["view"]), c["crop"], c["seed"],
+                         device=device, workers=c["workers"])
+    signals, log = Signals(), Log(os.path.join(c["out"], "log.jsonl"), start) if main else None
+    bar = tqdm(total=c["total_steps"], initial=start, unit="step", disable=not main, mininterval=1, dynamic_ncols=True)
+    since, waited, bad_files = time.perf_counter(), 0.0, {}
+    stop, speed = None, 0.0
+
+    def save(step):
+        if main:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         step=step, config=c, progress=progress)
+            try:
+                write_whole(os.path.join(c["out"], "checkpoint.pt"), lambda file: torch.save(state, file))
+                draw_picture(os.path.join(c["out"], f"recovered_{step:07d}.png"), model, data, c, device)
+            except OSError as error:
+                raise Failure(f"step {step}: {error}. The previous checkpoint is intact: make room, then --resume")
+
+    for step in range(start, c["total_steps"]):
+        lr = learning_rate(step, c["total_steps"], c["warmup_steps"], c["actual_lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        total, bad_now = 0.0, 0
+        for a, part in enumerate(parts):
+            clock = time.perf_counter()
+            view, bad = next(views)
+            for path, why in bad:
+                bad_now += 1
+                if path not in bad_files:
+                    bad_files[path] = why
+                    tqdm.write(f"skipped {why}", file=sys.stderr)
+            d = degrade.degrade(view, c["task"], size, c["patch_size"], seeded(c["seed"], DAMAGE, step), (part[0], B), **c["settings"])
+            waited += time.perf_counter() - clock
+            with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
+                with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+                    prediction = net(d.inputs, d.hidden)
+                loss = losses.recovery_loss(prediction, model.normalize(d.target), size, c["patch_size"], d.counted,
+                                            c["norm_target"], c["band_weight"])
+                scaler.scale(loss / c["accum"]).backward()
+            total = total + loss.detach() / c["accum"]
+
+        loss, told, bad_now = agree([float(total) / place.world, signals.received, bad_now], place)
+        if not math.isfinite(loss):
+            raise Failure(f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved since the last "
+                          "checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        epoch = (step + 1) * B / len(data)
+        progress["bad"] = bad_now + (progress["bad"] if int(epoch) == int(step * B / len(data)) else 0)
+        if progress["bad"] > 0.01 * len(data):
+            everyone = [None] * place.world
+            dist.all_gather_object(everyone, list(bad_files)) if place.world > 1 else everyone.__setitem__(0, list(bad_files))
+            save(step + 1)
+            raise Failure(f"{int(progress['bad'])} of {len(data)} images could not be read in this epoch, more than 1%: "
+                          "remove or mend " + ", ".join(path for paths in everyone for path in paths))
+        progress["sum"], progress["count"] = progress["sum"] + loss, progress["count"] + 1
+        if (step + 1) % c["log_every"] == 0 or step + 1 == c["total_steps"]:
+            now = time.perf_counter()
+            speed, wait = progress["count"] * B / (now - since), waited / (now - since)
+            if main:
+                log(step=step + 1, epoch=round(epoch, 4), loss=progress["sum"] / progress["count"], lr=lr,
+                    images_per_s=round(speed, 1), data_wait=round(wait, 4))
+            progress.update(sum=0.0, count=0)
+            since, waited = now, 0.0
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
+        if told or (step + 1) % c["save_every"] == 0 or step + 1 == c["total_steps"]:
+            save(step + 1)
+            stop = int(told) if told and step + 1 < c["total_steps"] else None
+        if stop:
+            break
+    bar.close()
+    if place.world > 1:
+        dist.barrier()                                          # nobody leaves while rank 0 is still writing
+    return 128 + (signals.received or signal.SIGTERM) if stop else 0
+
+
+AUTOCAST = {"bf16": (torch.bfloat16, True), "fp16": (torch.float16, True), "off": (None, False)}
+
+
+def run(args):
+    """One pre-training run, from the command line's options. Returns the exit code."""
+    place = set_up(args.device)
+    main = place.rank == 0
+    data = load_data(dict(vars(args)), place.device)
+    c = resolve(args, place, len(data), data.channels)
+    torch.manual_seed(c["seed"])
+    try:
+        model = models.encoder_decoder(c["model"], c["img_size"], c["patch_size"], data.channels, c["decoder"])
+        if c["weights"] != "none":
+            report = models.load_weights(model, c["weights"])
+            print(report) if main else None
+    except ValueError as error:
+        raise BadRequest(str(error))
+    model.to(place.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=(0.9, 0.95), fused=True)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=c["amp"] == "fp16")
+    start, progress = 0, dict(sum=0.0, count=0, bad=0)
+
+    last = os.path.join(c["out"], "checkpoint.pt")
+    path = last if c["resume"] == "auto" else c["resume"]
+    if path and (c["resume"] != "auto" or os.path.exists(path)):
+        state = load_checkpoint(path)
+        for name in SAME_RUN:
+            if state["config"].get(name) != c[name]:
+                raise BadRequest(f"{path} was made with {name} {state['config'].get(name)}, this command asks for {c[name]}: "
+                                 "give the same, or another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, progress = state["step"], state["progress"]
+    elif not c["resume"] and os.path.exists(last):
+        raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
+    if place.world > 1:
+        dist.barrier()                                          # all have looked before rank 0 writes
+    if main:
+        try:
+            os.makedirs(c["out"], exist_ok=True)
+            write_json(os.path.join(c["out"], "config.json"), {**c, **provenance()})
+        except OSError as error:
+            raise BadRequest(f"--out {c['out']} cannot be written to: {error}")
+        print(f"{c['task']}: {c['model']} on {c['data']}, {len(data):,} images, view {c['view'][0]}x{c['view'][1]} -> input "
+              f"{c['img_size'][0]}x{c['img_size'][1]}, settings {c['settings']}")
+        print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
+              f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
+              f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
+        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, "
+              f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
+    code = train(c, place, data, model, optimizer, scaler, start, progress)
+    if main:
+        print(f"stopped by signal {code - 128}, saved: --resume goes on" if code else summary(c["out"]))
+    return code
+
+
+def summary(folder):
+    """The loss over the run, in ten numbers, and where things are."""
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        curve = [json.loads(line)["loss"] for line in file]
+    tenths = [np.mean(part) for part in np.array_split(curve, min(10, len(curve)))]
+    newest = sorted(name for name in os.listdir(folder) if name.startswith("recovered_"))[-1]
+    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {folder}/checkpoint.pt, log.jsonl, config.json, {newest}"
+
+
+def command(run, options, argv=None):
+    """What every script does around its work: options in, exit code out, one line for what went wrong."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        code = run(options().parse_args(argv))
+    except BadRequest as error:
+        code = 2
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr) if first else None
+    except Failure as error:
+        code = 1
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr) if first else None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(command(run, options))
