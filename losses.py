@@ -3,6 +3,8 @@
 Patches are (B, N, p p C), a row of the picture at a time, channels last inside a patch (MAE's order).
 Images are (B, C, H, W). counted (B, N) bool: the patches whose error is averaged; None = all of them.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +32,8 @@ def patch_statistics(patches, norm="patch", channels=3):
     # differs from the authors' code: BM's is "channel".
     """
     x = patches.unflatten(2, (-1, channels)) if norm == "channel" else patches.unsqueeze(3)
-    mean, std = x.mean(2, keepdim=True), (x.var(2, keepdim=True) + 1e-6).sqrt()        # (B, N, 1, C or 1)
+    mean = x.mean(2, keepdim=True)                                                     # (B, N, 1, C or 1)
+    std = ((x - mean).square().sum(2, keepdim=True) / (x.shape[2] - 1) + 1e-6).sqrt()  # n - 1, as MAE
     if norm == "off":
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     return mean.expand_as(x).flatten(2), std.expand_as(x).flatten(2)
@@ -38,13 +41,30 @@ def patch_statistics(patches, norm="patch", channels=3):
 
 def normalize_patches(patches, norm="patch", channels=3):
     """The normalised pixel target (MAE): each patch minus its own mean, divided by its own deviation."""
+    if norm == "off":
+        return patches
     mean, std = patch_statistics(patches, norm, channels)
     return (patches - mean) / std
 
 
+def _area_weights(n, m, like):
+    """'area' from n to m pixels repeats every gcd(n, m)th of the way: the (m / g, n / g) matrix of one period, and g."""
+    g = math.gcd(n, m)
+    eye = torch.eye(n // g, dtype=like.dtype, device=like.device)
+    return F.interpolate(eye[None, None], (m // g, n // g), mode="area")[0, 0], g
+
+
 def resize_area(images, size):
-    """(B, C, H, W) -> (B, C, *size), interpolation mode 'area' (A.2): every output pixel is a box average."""
-    return images if images.shape[2:] == tuple(size) else F.interpolate(images, size, mode="area")
+    """(B, C, H, W) -> (B, C, *size), F.interpolate's mode 'area' (A.2): every output pixel is a box average.
+
+    As two small matrix products, one a direction: the same numbers to rounding in half the time on a CPU.
+    """
+    if images.shape[2:] == tuple(size):
+        return images
+    rows, gh = _area_weights(images.shape[2], size[0], images)
+    columns, gw = _area_weights(images.shape[3], size[1], images)
+    images = F.linear(images.unflatten(3, (gw, -1)), columns).flatten(3)               # (B, C, H, w)
+    return (rows @ images.unflatten(2, (gh, -1))).flatten(2, 3)                        # (B, C, h, w)
 
 
 def center_crop(images, size):
@@ -55,15 +75,31 @@ def center_crop(images, size):
 
 def masked_mse(prediction, target, counted=None):
     """L_MSE (BM section 3.1) over patches (B, N, p p C): mean square of each, averaged over those that count."""
+    if counted is None:
+        return F.mse_loss(prediction.float(), target)
     error = (prediction.float() - target).square().mean(2)                             # (B, N)
-    return error.mean() if counted is None else (error * counted).sum() / counted.sum()
+    return (error * counted).sum() / counted.sum()
 
 
-def band_mse(prediction, target, size):
-    """Mean square error over (B, C, V, V) outside the central `size` = (h, w): A.2's outer band."""
-    error = (prediction - target).square()
-    band = error.sum() - center_crop(error, size).sum()
-    return band / (error.numel() - error[..., 0, 0].numel() * size[0] * size[1])
+def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
+    """A.2's two terms as one picture of targets and one of weights that sum to 1: (B, C, V, V) and (B, 1, V, V).
+
+    Centre, `size` = (h, w): the input's own patches, each normalised; the patches that count (B, N) share
+    1 - band_weight. Outer band: the view shrunk to `size` (area), its patches normalised there, put together
+    again and resized to the view (area); its pixels share band_weight.
+    """
+    (B, C, H, W), grid = view.shape, [side // p for side in size]
+
+    def normalized(images):
+        return unpatchify(normalize_patches(patchify(images, p), norm, C), p, grid)
+
+    goal = resize_area(normalized(resize_area(view, size)), (H, W))
+    center_crop(goal, size)[:] = normalized(center_crop(view, size))
+    weight = view.new_full((B, 1, H, W), band_weight / (B * C * (H * W - size[0] * size[1])))
+    counts = view.new_ones(B, 1, *grid) if counted is None else counted.view(B, 1, *grid).to(view.dtype)
+    counts = counts * (1 - band_weight) / (counts.sum() * C * p * p)
+    center_crop(weight, size)[:] = counts.repeat_interleave(p, 2).repeat_interleave(p, 3)
+    return goal, weight
 
 
 def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_weight=0.2):
@@ -71,18 +107,15 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
 
     prediction (B, N, p p C): patches of a picture of `size` = (H, W). target (B, C, V, V): the picture to be
     recovered, normalised as the model's input is. When it is larger than `size` the prediction means the
-    whole of it at the input's resolution (A.2), and the loss has two terms, weighed 1 - band_weight and
-    band_weight: the paper gives no weights, .8 and .2 are the authors' code's.
+    whole of it at the input's resolution (A.2): it is resized to the view (area), and its error has a centre
+    and a band term. The paper gives them no weights; .8 and .2 are the authors' code's.
     """
-    prediction, C, grid = prediction.float(), target.shape[1], [side // p for side in size]
+    prediction, grid = prediction.float(), [side // p for side in size]
     if tuple(target.shape[2:]) == tuple(size):
-        return masked_mse(prediction, normalize_patches(patchify(target, p), norm, C), counted)
+        return masked_mse(prediction, normalize_patches(patchify(target, p), norm, target.shape[1]), counted)
+    goal, weight = zoom_targets(target, size, p, counted, norm, band_weight)
     whole = resize_area(unpatchify(prediction, p, grid), target.shape[2:])             # (B, C, V, V)
-    center = normalize_patches(patchify(center_crop(target, size), p), norm, C)        # the input's own patches
-    center = masked_mse(patchify(center_crop(whole, size), p), center, counted)
-    band = normalize_patches(patchify(resize_area(target, size), p), norm, C)          # the view, shrunk
-    band = resize_area(unpatchify(band, p, grid), target.shape[2:])
-    return (1 - band_weight) * center + band_weight * band_mse(whole, band, size)
+    return ((whole - goal).square() * weight).sum()
 
 
 def recovered_picture(prediction, target, size, p, norm="patch"):

@@ -11,6 +11,7 @@ hidden (B, N) bool: True = the encoder does not see this patch.
 """
 import argparse
 import os
+import pickle
 from typing import NamedTuple
 
 import torch
@@ -235,12 +236,13 @@ def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0):
 def read_weights(path):
     """A file of tensors and plain values, as a dict. ValueError if it is missing, damaged, or holds code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):            # MAE's files keep their options so
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no weights at {path}")
     except Exception as error:                                  # unpickling fails in as many ways as there are files
-        why = "it holds pickled objects, which could run code" if "weights" in str(error).lower() and "unpickl" in str(error).lower() \
-            else f"it is damaged or of another kind ({type(error).__name__})"
+        why = "it holds pickled objects, which could run code" if isinstance(error, pickle.UnpicklingError) else \
+            f"it is damaged or of another kind ({type(error).__name__})"
         raise ValueError(f"{path} was not read: {why}. Give a file written by torch.save with tensors only")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
@@ -328,14 +330,16 @@ def main(argv=None):
         return print(f"wrote {args.export[1]}")
     for name in MODELS:
         size, patch = (32, 4) if name == "vit_micro" else (224, 16)
-        model = encoder_decoder(name, size, patch)
+        with torch.device("meta"):                              # shapes only: no time for initialising
+            model, alone = encoder_decoder(name, size, patch), encoder(name, size, patch)
+        model, alone = model.to_empty(device="cpu"), alone.to_empty(device="cpu")
         N = (size // patch) ** 2
         hidden = torch.arange(N)[None] >= N // 4
         trail = []
         for part in ("blocks.0", "norm", "decoder_embed", "decoder_norm", "decoder_pred"):
             model.get_submodule(part).register_forward_hook(
                 lambda module, inputs, out, part=part: trail.append(f"{part} {tuple(out.shape)}"))
-        masked, whole = flops(model, torch.zeros(1, 3, size, size), hidden), flops(encoder(name, size, patch), torch.zeros(1, 3, size, size))
+        masked, whole = flops(model, torch.zeros(1, 3, size, size), hidden), flops(alone, torch.zeros(1, 3, size, size))
         count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("decoder", "mask")))
         decoder = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("decoder", "mask")))
         print(f"{name}: {size} px, patch {patch}: encoder {count / 1e6:.2f} M parameters, {whole / 1e9:.3f} GFLOPs an image; "

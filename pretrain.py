@@ -16,6 +16,7 @@ Exit code: 0 done, 1 the run failed, 2 bad request, 130 / 143 stopped by a signa
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -24,19 +25,25 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import degrade
 import losses
 import models
+
+try:                                             # the faster decoder; torchvision announces that it will go
+    from torchvision.io import ImageReadMode, decode_image, read_file
+    warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
+except ImportError:
+    decode_image = None
 
 # What a data set asks for when the command line does not say: the paper's recipe for a folder of images, a small
 # one for what fits a CPU. lr is per 256 images of the global batch; micro is the largest batch of one process.
@@ -204,7 +211,7 @@ SHAPES = {
 def shapes(n, size=48, seed=0, chunk=500):
     """n generated pictures, (n, 3, size, size), their ten classes in equal parts and random order.
 
-    The label is the shape alone: colours, faint stripes, background, place, size, turn (up to 0.5 rad either
+    The label is the shape alone: colours, faint stripes, background, place, size, turn (up to 1 rad either
     way) and aspect are random. The object fills more than half of the picture's width.
     """
     generator = seeded(seed, n, size)
@@ -219,7 +226,7 @@ def shapes(n, size=48, seed=0, chunk=500):
     for label, outline in enumerate(SHAPES.values()):
         for rows in (labels == label).nonzero()[:, 0].split(chunk):
             r = u01[rows].T[:, :, None, None]                                                  # (20, k, 1, 1)
-            radius, aspect, turn = 0.62 + 0.28 * r[0], 2 ** (0.5 * r[1] - 0.25), r[2] - 0.5
+            radius, aspect, turn = 0.62 + 0.28 * r[0], 2 ** (0.5 * r[1] - 0.25), 2 * r[2] - 1
             x, y = (axis.view(shape) - (2 * c - 1) * (1.05 - radius) for shape, c in (((1, -1), r[3]), ((-1, 1), r[4])))
             u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
             inside = outline(u / radius * aspect, v / radius / aspect) * radius * size / 2      # in pixels
@@ -240,12 +247,11 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 
 def read_image(path):
     """Any image file as RGB: (3, H, W) uint8, upright (EXIF). OSError, with the reason, when it cannot be read."""
-    try:
-        image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        if image.dtype == torch.uint8:
-            return image
-    except RuntimeError:
-        pass                                                    # Pillow reads more kinds, and says what is wrong
+    if decode_image:
+        with contextlib.suppress(RuntimeError):                 # Pillow reads more kinds, and says what is wrong
+            image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
+            if image.dtype == torch.uint8:
+                return image
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
@@ -371,6 +377,9 @@ def set_up(device="auto"):
         torch.set_float32_matmul_precision("high")              # CUDA only: TF32 where autocast leaves float32
         device = f"cuda:{local}"
     torch.set_num_threads(max(1, cores() // per_node))
+    with contextlib.suppress(OSError, AttributeError):          # CPU, glibc: keep freed memory. Asking the system for it
+        libc = ctypes.CDLL("libc.so.6")                         # again at every operation costs a tenth of a step and more
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)      # M_MMAP_MAX, M_TRIM_THRESHOLD
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Place(rank, world, torch.device(device))
@@ -380,14 +389,16 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+AUTOCAST = {"bf16": (torch.bfloat16, True), "fp16": (torch.float16, True), "off": (None, False)}      # dtype, enabled
+
+
 def precision(amp, device):
-    """--amp as (autocast dtype or None, name): auto is bf16 where the hardware has it, else fp16 on a GPU, else off."""
-    if amp == "auto":
-        if device.type == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            amp = "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], amp
+    """--amp resolved: "auto" is bf16 where the hardware has it, else fp16 (with a gradient scaler) on a GPU, else off."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "off"
 
 
 def learning_rate(step, total, warmup, peak):
@@ -415,16 +426,19 @@ def agree(values, place):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C are remembered, and answered at the end of the step; the second one ends it at once."""
-    received = 0
+    """SIGTERM and Ctrl-C are remembered, and answered at the end of the step. torchrun may send either twice, so
+    only a second Ctrl-C, a second or more later, ends the process at once.
+    """
 
     def __init__(self):
+        self.received, self.when = 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        self.received = int(number)
+        if self.received and number == signal.SIGINT and time.monotonic() > self.when + 1:
+            raise KeyboardInterrupt
+        self.received, self.when = int(number), time.monotonic()
 
 
 class Log:
@@ -541,9 +555,9 @@ def resolve(args, place, length, channels):
     if c["workers"] is None:
         c["workers"] = min(8, cores()) if place.device.type == "cuda" else 1
     c["out"] = c["out"] or os.path.join("runs", f"{c['task']}-{c['model']}-{os.path.basename(os.path.normpath(c['data']))}")
-    c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
-    c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device)[1])
+    c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device))
     try:                                                        # one small batch through the whole request
+        c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
         tiny = degrade.degrade(torch.zeros(2, channels, *c["view"]), c["task"], tuple(size), c["patch_size"],
                                seeded(0), **c["settings"])
         losses.patchify(tiny.inputs, c["patch_size"])
@@ -601,9 +615,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
     views = data.batches(range(start, c["total_steps"]), B, parts, tuple(c["view"]), c["crop"], c["seed"],
                          device=device, workers=c["workers"])
     signals, log = Signals(), Log(os.path.join(c["out"], "log.jsonl"), start) if main else None
-    bar = tqdm(total=c["total_steps"], initial=start, unit="step", disable=not main, mininterval=1, dynamic_ncols=True)
-    since, waited, bad_files = time.perf_counter(), 0.0, {}
-    stop, speed = None, 0.0
+    since, waited, timed, speed, bad_files, leaving = time.perf_counter(), 0.0, 0, 0.0, {}, False
 
     def save(step):
         if main:
@@ -615,69 +627,66 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
             except OSError as error:
                 raise Failure(f"step {step}: {error}. The previous checkpoint is intact: make room, then --resume")
 
-    for step in range(start, c["total_steps"]):
-        lr = learning_rate(step, c["total_steps"], c["warmup_steps"], c["actual_lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    with tqdm(total=c["total_steps"], initial=start, unit="step", disable=not main, mininterval=1, dynamic_ncols=True) as bar:
+        for step in range(start, c["total_steps"]):
+            lr = learning_rate(step, c["total_steps"], c["warmup_steps"], c["actual_lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        total, bad_now = 0.0, 0
-        for a, part in enumerate(parts):
-            clock = time.perf_counter()
-            view, bad = next(views)
-            for path, why in bad:
-                bad_now += 1
-                if path not in bad_files:
-                    bad_files[path] = why
-                    tqdm.write(f"skipped {why}", file=sys.stderr)
-            d = degrade.degrade(view, c["task"], size, c["patch_size"], seeded(c["seed"], DAMAGE, step), (part[0], B), **c["settings"])
-            waited += time.perf_counter() - clock
-            with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
-                with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-                    prediction = net(d.inputs, d.hidden)
-                loss = losses.recovery_loss(prediction, model.normalize(d.target), size, c["patch_size"], d.counted,
-                                            c["norm_target"], c["band_weight"])
-                scaler.scale(loss / c["accum"]).backward()
-            total = total + loss.detach() / c["accum"]
+            total, bad_now = 0.0, 0
+            for a, part in enumerate(parts):
+                clock = time.perf_counter()
+                view, bad = next(views)
+                for path, why in bad:
+                    bad_now += 1
+                    if path not in bad_files:
+                        bad_files[path] = why
+                        tqdm.write(f"skipped {why}", file=sys.stderr)
+                d = degrade.degrade(view, c["task"], size, c["patch_size"], seeded(c["seed"], DAMAGE, step), (part[0], B), **c["settings"])
+                waited += time.perf_counter() - clock
+                with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
+                    with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+                        prediction = net(d.inputs, d.hidden)
+                    loss = losses.recovery_loss(prediction, model.normalize(d.target), size, c["patch_size"], d.counted,
+                                                c["norm_target"], c["band_weight"])
+                    scaler.scale(loss / c["accum"]).backward()
+                total = total + loss.detach() / c["accum"]
 
-        loss, told, bad_now = agree([float(total) / place.world, signals.received, bad_now], place)
-        if not math.isfinite(loss):
-            raise Failure(f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved since the last "
-                          "checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            loss, told, bad_now = agree([float(total) / place.world, signals.received, bad_now], place)
+            if not math.isfinite(loss):
+                raise Failure(f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved since the last "
+                              "checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
 
-        epoch = (step + 1) * B / len(data)
-        progress["bad"] = bad_now + (progress["bad"] if int(epoch) == int(step * B / len(data)) else 0)
-        if progress["bad"] > 0.01 * len(data):
-            everyone = [None] * place.world
-            dist.all_gather_object(everyone, list(bad_files)) if place.world > 1 else everyone.__setitem__(0, list(bad_files))
-            save(step + 1)
-            raise Failure(f"{int(progress['bad'])} of {len(data)} images could not be read in this epoch, more than 1%: "
-                          "remove or mend " + ", ".join(path for paths in everyone for path in paths))
-        progress["sum"], progress["count"] = progress["sum"] + loss, progress["count"] + 1
-        if (step + 1) % c["log_every"] == 0 or step + 1 == c["total_steps"]:
-            now = time.perf_counter()
-            speed, wait = progress["count"] * B / (now - since), waited / (now - since)
-            if main:
-                log(step=step + 1, epoch=round(epoch, 4), loss=progress["sum"] / progress["count"], lr=lr,
-                    images_per_s=round(speed, 1), data_wait=round(wait, 4))
-            progress.update(sum=0.0, count=0)
-            since, waited = now, 0.0
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
-        if told or (step + 1) % c["save_every"] == 0 or step + 1 == c["total_steps"]:
-            save(step + 1)
-            stop = int(told) if told and step + 1 < c["total_steps"] else None
-        if stop:
-            break
-    bar.close()
+            epoch = (step + 1) * B / len(data)
+            progress["bad"] = bad_now + (progress["bad"] if int(epoch) == int(step * B / len(data)) else 0)
+            if progress["bad"] > 0.01 * len(data):
+                everyone = [None] * place.world
+                dist.all_gather_object(everyone, list(bad_files)) if place.world > 1 else everyone.__setitem__(0, list(bad_files))
+                save(step + 1)
+                raise Failure(f"{int(progress['bad'])} of {len(data)} images could not be read in this epoch, more than 1%: "
+                              "remove or mend " + ", ".join(path for paths in everyone for path in paths))
+            progress["sum"], progress["count"], timed = progress["sum"] + loss, progress["count"] + 1, timed + 1
+            if (step + 1) % c["log_every"] == 0 or step + 1 == c["total_steps"]:
+                now = time.perf_counter()
+                speed, wait = timed * B / (now - since), waited / (now - since)
+                if main:
+                    log(step=step + 1, epoch=round(epoch, 4), loss=progress["sum"] / progress["count"], lr=lr,
+                        images_per_s=round(speed, 1), data_wait=round(wait, 4))
+                progress.update(sum=0.0, count=0)
+                since, waited, timed = now, 0.0, 0
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
+            leaving = told and step + 1 < c["total_steps"]
+            if leaving or (step + 1) % c["save_every"] == 0 or step + 1 == c["total_steps"]:
+                save(step + 1)
+            if leaving:
+                break
     if place.world > 1:
         dist.barrier()                                          # nobody leaves while rank 0 is still writing
-    return 128 + (signals.received or signal.SIGTERM) if stop else 0
-
-
-AUTOCAST = {"bf16": (torch.bfloat16, True), "fp16": (torch.float16, True), "off": (None, False)}
+    return 128 + (signals.received or signal.SIGTERM) if leaving else 0
 
 
 def run(args):
@@ -694,6 +703,7 @@ def run(args):
             print(report) if main else None
     except ValueError as error:
         raise BadRequest(str(error))
+    model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))         # DDP waits for gradients that never come
     model.to(place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(place.device.type, enabled=c["amp"] == "fp16")

@@ -1,0 +1,78 @@
+"""What the tests share: the real scripts run small, in this process or in others, and a folder of images."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pretrain  # noqa: E402
+
+TINY = ("--model vit_micro --img_size 16 --patch_size 4 --batch_size 8 --workers 0 --save_every 2 --log_every 1 "
+        "--amp off --steps 6").split()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long, left out of the README's test command")
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """The trainer answers Ctrl-C itself; the test run should get its own answer back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """24 pictures in nested folders, of two sizes."""
+    from PIL import Image
+    where = tmp_path_factory.mktemp("images")
+    pictures = pretrain.shapes(24, size=40).images
+    for i, picture in enumerate(pictures):
+        (where / f"class{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((40, 40 + 8 * (i % 2))).save(where / f"class{i % 2}" / f"{i:02d}.png")
+    return where
+
+
+@pytest.fixture
+def run(folder, tmp_path, capfd):
+    """run(*options) -> (exit code, what was printed, what was complained about), of pretrain.py on the folder."""
+    def go(*argv, out=None, data=None):
+        argv = [*TINY, "--data", str(data or folder), "--out", str(out or tmp_path / "run"), *map(str, argv)]
+        code = pretrain.command(pretrain.run, pretrain.options, argv)
+        return code, *capfd.readouterr()
+    return go
+
+
+def script(*argv, processes=1, preamble="", **popen):
+    """Start pretrain.py as a user would, in other processes; `preamble` is Python that runs before it."""
+    if preamble:
+        code = f"{preamble}\nimport sys, pretrain\nsys.exit(pretrain.command(pretrain.run, pretrain.options, sys.argv[1:]))"
+        start = [sys.executable, "-c", code]
+    elif processes > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "pretrain.py"]
+    else:
+        start = [sys.executable, "pretrain.py"]
+    return subprocess.Popen([*start, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, **popen)
+
+
+def log_of(out):
+    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+
+def losses_of(out):
+    return {line["step"]: line["loss"] for line in log_of(out)}
+
+
+def weights_of(out):
+    return torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["model"]

@@ -1,0 +1,475 @@
+"""The trainer: data, randomness by (seed, step), schedule, resume, processes, and what each fault gets."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+import degrade
+import models
+import pretrain as P
+from conftest import ROOT, TINY, log_of, losses_of, script, weights_of
+
+
+# the built-in data ---------------------------------------------------------------------------------------
+
+def test_shapes_are_labelled_and_their_masks_and_boxes_are_true():
+    made = P.shapes(100, seed=3)
+    assert made.images.shape == (200, 3, 48, 48) and made.images.dtype == torch.uint8
+    assert made.labels.bincount().tolist() == [10] * 10
+    for mask, box in zip(made.masks, made.boxes):
+        y, x = mask.nonzero().T
+        assert box.tolist() == [x.min(), y.min(), x.max(), y.max()]
+    again, other = P.shapes(100, seed=3), P.shapes(100, seed=4)
+    assert torch.equal(again.images, made.images) and not torch.equal(other.images, made.images)
+    inside = (made.images.float() * made.masks[:, None]).sum((2, 3)) / made.masks.sum((1, 2))[:, None]
+    outside = (made.images.float() * ~made.masks[:, None]).sum((2, 3)) / (~made.masks).sum((1, 2))[:, None]
+    assert ((inside - outside).abs().amax(1) > 25).float().mean() > 0.99       # the object shows
+
+
+# views -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width", [(375, 500), (48, 48), (10, 400)])
+def test_crop_boxes_are_random_resized_crops(height, width):
+    u = torch.rand(2000, 22, generator=torch.Generator().manual_seed(0))
+    top, left, h, w = P.crop_boxes(u, height, width, (0.2, 1.0)).T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    if height == 10:                                            # nothing fits: the largest box of an allowed aspect
+        assert set(zip(h.tolist(), w.tolist())) <= {(10, 13)} | {(float(a), float(b)) for a in range(1, 11) for b in range(1, 15)}
+    else:
+        share = h * w / (height * width)
+        theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, height, width), (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(2000)]).float()
+        assert share.mean() == pytest.approx(((theirs[:, 2] * theirs[:, 3]).mean() / (height * width)).item(), abs=0.02)
+        assert (w / h).log().std() == pytest.approx((theirs[:, 3] / theirs[:, 2]).log().std().item(), abs=0.02)
+        assert top.mean() == pytest.approx(theirs[:, 0].mean().item(), rel=0.1) and left.mean() == pytest.approx(theirs[:, 1].mean().item(), rel=0.1)
+
+
+def test_every_epoch_is_a_permutation_and_none_is_left_out():
+    stream = torch.cat([P.samples(step, 8, 20, seed=1) for step in range(5)])              # 40 images: two epochs of 20
+    first, second = stream[:20], stream[20:]
+    assert first[:, 0].tolist() == [0] * 20 and second[:, 0].tolist() == [1] * 20
+    assert sorted(first[:, 1].tolist()) == sorted(second[:, 1].tolist()) == list(range(20)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_a_batch_does_not_depend_on_how_it_is_split(kind, folder):
+    data = P.MemorySet(*P.shapes(30)[:2], torch.device("cpu")) if kind == "memory" else P.FolderSet(str(folder))
+    def views(parts, steps=range(2), workers=0):
+        return torch.cat([v for v, _ in data.batches(steps, 12, parts, (20, 24), (0.5, 1), 0, device=torch.device("cpu"), workers=workers)])
+    whole = views([(0, 12)])
+    assert whole.shape == (24, 3, 20, 24) and 0 <= whole.min() and whole.max() <= 1 and not torch.equal(whole[:12], whole[12:])
+    assert torch.equal(views([(0, 4), (4, 4), (8, 4)]), whole)
+    assert torch.equal(views([(4, 4)]), torch.cat([whole[4:8], whole[16:20]]))
+    assert torch.equal(views([(0, 12)], range(1, 2)), whole[12:])
+    if kind == "folder":
+        assert torch.equal(views([(0, 12)], workers=2), whole)
+
+
+# images of every kind --------------------------------------------------------------------------------------
+
+def test_any_image_is_read_as_rgb(tmp_path):
+    """JPEG, PNG, WebP; grey, RGBA, palette, CMYK, 16 bit, one bit, EXIF-rotated, tiny, huge."""
+    smooth = np.linspace(0, 255, 60 * 40 * 3).reshape(40, 60, 3).astype(np.uint8)
+    rgb = Image.fromarray(smooth)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # the camera was held sideways
+    saved = {"a.jpg": rgb, "a.png": rgb, "a.webp": rgb, "grey.jpg": rgb.convert("L"), "grey.png": rgb.convert("L"), "rgba.png": rgb.convert("RGBA"),
+             "palette.png": rgb.convert("P"), "cmyk.jpg": rgb.convert("CMYK"), "bit.png": rgb.convert("1"), "a.bmp": rgb, "a.gif": rgb,
+             "deep.png": Image.fromarray((smooth[..., 0].astype(np.uint16) * 257)), "tiny.png": rgb.resize((1, 1)), "huge.jpg": rgb.resize((6000, 4000)),
+             "rgba.webp": rgb.convert("RGBA"), "la.png": rgb.convert("LA")}
+    for name, image in saved.items():
+        image.save(tmp_path / name)
+    rgb.save(tmp_path / "turned.jpg", exif=exif)
+    for name in saved:
+        read = P.read_image(str(tmp_path / name))
+        assert read.dtype == torch.uint8 and read.shape == (3, *saved[name].size[::-1]), name
+        if name not in ("tiny.png", "huge.jpg", "bit.png"):
+            want = smooth[..., :1].repeat(3, 2) if name == "deep.png" else np.asarray(saved[name].convert("RGB"))
+            assert np.abs(read.permute(1, 2, 0).numpy().astype(int) - want).mean() < 6, name
+    assert set(P.read_image(str(tmp_path / "bit.png")).unique().tolist()) == {0, 255}
+    turned = P.read_image(str(tmp_path / "turned.jpg"))
+    assert turned.shape == (3, 60, 40) and (turned.float() - P.read_image(str(tmp_path / "a.jpg")).rot90(-1, (1, 2)).float()).abs().mean() < 3
+    data = P.FolderSet(str(tmp_path))
+    data.size, data.scale, data.seed = (16, 16), (0.2, 1.0), 0
+    assert len(data) == 17 and all(data[0, i][0].shape == (3, 16, 16) and data[0, i][1] is None for i in range(17))
+    with pytest.raises(OSError, match="nothing.jpg"):
+        P.read_image(str(tmp_path / "nothing.jpg"))
+
+
+def test_a_train_folder_is_used_and_flat_folders_work(tmp_path, folder):
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    assert len(P.load_data(dict(data=str(tmp_path)), torch.device("cpu"))) == 1
+    assert len(P.load_data(dict(data=str(folder)), torch.device("cpu"))) == 24
+
+
+def test_torchvision_sets_by_name(tmp_path, run):
+    """Fashion-MNIST from its own files, one channel; a set that is not there names the way out."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 40), ("t10k", 10)):
+        header = lambda *numbers: b"".join(x.to_bytes(4, "big") for x in numbers)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header(2051, n, 28, 28) + os.urandom(n * 784))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header(2049, n) + bytes(i % 10 for i in range(n)))
+    code, said, _ = run("--root", tmp_path, "--steps", 2, data="fashion_mnist")
+    assert code == 0 and "40 images" in said
+    assert weights_of(tmp_path / "run")["patch_embed.proj.weight"].shape[1] == 1
+    code, _, complaint = run("--root", tmp_path / "empty", data="cifar10")
+    assert code == 2 and "--download" in complaint and complaint.count("\n") == 1
+
+
+# schedule, groups, precision -------------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_and_follows_half_a_cosine():
+    lr = [P.learning_rate(s, 110, 10, 2.0) for s in range(110)]
+    assert lr[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and lr[10] == 2.0
+    assert lr[60] == pytest.approx(1.0) and 0 < lr[109] < 1e-3
+
+
+def test_no_weight_decay_on_biases_norms_tokens_positions():
+    model = models.encoder_decoder("vit_micro", 16, 4)
+    decayed, free = P.parameter_groups(model, 0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
+    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert {"cls_token", "mask_token", "norm.weight", "patch_embed.proj.bias"} <= {names[id(p)] for p in free["params"]}
+    assert len(decayed["params"]) + len(free["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+# the run ---------------------------------------------------------------------------------------------------
+
+def test_a_small_run_leaves_all_it_should(run, tmp_path):
+    code, said, _ = run("--task", "zoom_in_mask", "--log_every", 2, "--lr", 0.003)
+    assert code == 0 and "actual" not in said and "8 = 8 images x 1 processes x 1 accumulated" in said
+    log, out = log_of(tmp_path / "run"), tmp_path / "run"
+    assert [line["step"] for line in log] == [2, 4, 6] and {"step", "epoch", "loss", "lr", "images_per_s"} <= set(log[0])
+    assert log[-1]["epoch"] == pytest.approx(6 * 8 / 24) and log[-1]["loss"] < log[0]["loss"]
+    config = json.load(open(out / "config.json"))
+    assert config["actual_lr"] == pytest.approx(0.003 * 8 / 256) and config["view"] == [22, 22] and config["settings"]["mask_ratio"] == 0.75
+    assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.jsonl", *(f"recovered_{s:07d}.png" for s in (2, 4, 6))]
+    assert Image.open(out / "recovered_0000006.png").width > 300
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6 and state["config"]["task"] == "zoom_in_mask"
+    M = models.encoder("vit_micro", 16, 4)
+    assert not models.load_weights(M, out / "checkpoint.pt").missing
+    assert run("--task", "zoom_in_mask", "--weights", out / "checkpoint.pt", "--steps", 1, out=tmp_path / "b")[0] == 0
+
+
+@pytest.mark.parametrize("task", degrade.TASKS)
+def test_every_task_trains_from_the_command_line(task, run, tmp_path):
+    code, _, complaint = run("--task", task, "--steps", 12, "--lr", 0.03, "--warmup", 0, "--save_every", 12)
+    assert code == 0, complaint
+    loss = losses_of(tmp_path / "run")
+    assert sum(loss[s] for s in (10, 11, 12)) < sum(loss[s] for s in (1, 2, 3))
+
+
+def test_a_task_is_one_function_and_one_row(run, monkeypatch, tmp_path, capfd):
+    """With its own setting on the command line, in --help and in the demonstration picture, and no other edit."""
+    def negative(images, strength=1.0):
+        return images + strength * (1 - 2 * images)
+    monkeypatch.setitem(degrade.TASKS, "negative", degrade.Task(negative, "colours turned round"))
+    code, said, complaint = run("--task", "negative", "--strength", 0.5, "--steps", 2)
+    assert code == 0 and "'strength': 0.5" in said, complaint
+    assert "colours turned round" in P.options().format_help() and "--strength" in P.options().format_help()
+    degrade.main(["--out", str(tmp_path / "t.png"), "--size", "32"])
+    assert "negative" in capfd.readouterr().out
+
+
+def test_settings_reach_the_run_and_strays_are_refused(run, tmp_path):
+    code, _, complaint = run("--task", "distort", "--twist", 0.1, 0.15, "--view_size", 20, "--mask_ratio", 0.5, "--mask_kind", "block", "--steps", 2)
+    assert code == 0, complaint
+    config = json.load(open(tmp_path / "run" / "config.json"))
+    assert config["settings"] == dict(mask_ratio=0.5, mask_unit=1, mask_kind="block", view_size=20, warp="fisheye", twist=[0.1, 0.15])
+    assert config["view"] == [20, 20]
+    code, _, complaint = run("--task", "mask", "--blur_kernel", 5, out=tmp_path / "b")
+    assert code == 2 and "--blur_kernel does nothing in task mask" in complaint
+
+
+def test_the_papers_run_is_one_flag_away(folder):
+    """BM 4.1 and A.1, from --data alone; linear scaling of the learning rate; accumulation fills the batch of 4096."""
+    place = P.Place(0, 8, torch.device("cpu"))
+    c = P.resolve(P.options().parse_args(["--data", "/imagenet"]), place, 1281167, 3)
+    assert (c["task"], c["model"], c["img_size"], c["patch_size"], c["view"]) == ("zoom_in_mask", "vit_base", [224, 224], 16, [320, 320])
+    assert (c["batch_size"], c["images_per_process"], c["accum"], c["epochs"], c["lr"]) == (4096, 64, 8, 300, 1.5e-4)
+    assert c["actual_lr"] == pytest.approx(2.4e-3) and c["total_steps"] == math.ceil(300 * 1281167 / 4096)
+    assert c["warmup_steps"] == pytest.approx(40 * 1281167 / 4096, abs=1) and c["crop"] == [0.2, 1.0] and c["norm_target"] == "patch"
+    model = models.encoder_decoder(c["model"])
+    assert len(model.blocks) == 12 and len(model.decoder_blocks) == 4 and model.mask_token.shape[2] == 384
+
+
+def test_same_seed_same_run(run, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run("--seed", seed, "--steps", 3, out=tmp_path / name)[0] == 0
+    a, b, c = (losses_of(tmp_path / name) for name in "abc")
+    assert a == b and a != c
+
+
+@pytest.mark.parametrize("flags", [["--accum", 2], ["--accum", 4, "--workers", 2]])
+@pytest.mark.parametrize("task", ["zoom_in_mask", "blur"])
+def test_accumulation_does_not_change_the_run(flags, task, run, tmp_path):
+    assert run("--task", task, "--steps", 3, out=tmp_path / "a")[0] == 0
+    assert run("--task", task, "--steps", 3, *flags, out=tmp_path / "b")[0] == 0
+    a, b = losses_of(tmp_path / "a"), losses_of(tmp_path / "b")
+    assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("task, accum", [("zoom_in_mask", 1), ("zoom_out", 2)])
+def test_two_processes_equal_one(task, accum, run, folder, tmp_path):
+    """Two Gloo processes of batch 4 (and of two accumulated 2) see the images, crops and masks of one of 8, and make its step."""
+    assert run("--task", task, "--steps", 3, "--lr", 0.01, out=tmp_path / "one")[0] == 0
+    two = script(*TINY, "--task", task, "--steps", 3, "--lr", 0.01, "--accum", accum, "--data", folder, "--out", tmp_path / "two", processes=2)
+    said, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, said
+    one, both = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert list(one.values()) == pytest.approx(list(both.values()), rel=1e-4)
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    start = models.encoder_decoder("vit_micro", 16, 4)
+    moved = [(n, (a[n] - b[n]).abs().mean() / (a[n] - w).abs().mean().clamp(min=1e-9)) for n, w in start.state_dict().items() if "pos" not in n]
+    assert max(r for _, r in moved) < 0.05, sorted(moved, key=lambda x: -x[1])[:3]
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """DDP over Gloo, in float64: gradients of two processes of batch 2 equal those of one of 4, to rounding."""
+    code = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, %r)
+import degrade, losses, models, pretrain
+place = pretrain.set_up("cpu")
+torch.manual_seed(0)
+model = models.encoder_decoder("vit_micro", 16, 4).double()
+net = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
+view = torch.rand(4, 3, 22, 22, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+k = 4 // place.world
+part = (place.rank * k, 4)
+d = degrade.degrade(view[part[0]:part[0] + k], "zoom_in_mask", 16, 4, pretrain.seeded(0), part)
+loss = losses.masked_mse(net(d.inputs, d.hidden).double(), losses.normalize_patches(losses.patchify(model.normalize(d.inputs), 4)), d.counted)
+loss.backward()
+if place.rank == 0:
+    torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sys.argv[1])
+""" % str(ROOT)
+    (tmp_path / "g.py").write_text(code)
+    subprocess.run([sys.executable, str(tmp_path / "g.py"), str(tmp_path / "one.pt")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "g.py"), str(tmp_path / "two.pt")],
+                   check=True, timeout=120, capture_output=True)
+    one, two = (torch.load(tmp_path / f, weights_only=True) for f in ("one.pt", "two.pt"))
+    assert one.keys() == two.keys() and len(one) > 50
+    for name in one:                                            # masked_mse is float32 at its input: rounding of that
+        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
+
+
+def test_precision_and_compile_options(run, tmp_path):
+    for name, flags in (("bf16", ["--amp", "bf16"]), ("fp16", ["--amp", "fp16"]), ("off", ["--amp", "off"])):
+        assert run(*flags, "--steps", 3, out=tmp_path / name)[0] == 0
+    a, b, c = (list(losses_of(tmp_path / name).values()) for name in ("off", "bf16", "fp16"))
+    assert a == pytest.approx(b, rel=0.05) and a == pytest.approx(c, rel=0.05) and a != b
+
+
+# resuming --------------------------------------------------------------------------------------------------
+
+def test_resume_equals_never_stopping_after_kill_9(run, folder, tmp_path):
+    """Killed at any moment: the curve and the weights are bit for bit those of a run never killed; each step stands once."""
+    assert run("--steps", 8, "--log_every", 1, out=tmp_path / "whole")[0] == 0
+    killed = script(*TINY, "--steps", 8, "--data", folder, "--out", tmp_path / "killed")
+    deadline = time.time() + 60
+    while time.time() < deadline and not (os.path.exists(tmp_path / "killed/log.jsonl") and len(log_of(tmp_path / "killed")) >= 3):
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    code, said, complaint = run("--steps", 8, "--resume", out=tmp_path / "killed")
+    assert code == 0, complaint
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed")
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 9))
+    a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_resume_between_two_log_lines(run, tmp_path):
+    """The mean of a log line takes in the steps before the stop."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--log_every", 5, "--steps", 10]
+    assert run(*flags, out=whole)[0] == 0 and run(*flags, out=cut)[0] == 0
+    state = os.path.join(cut, "checkpoint.pt")
+    dying = "import torch, os; real = torch.save\ndef save(state, file):\n real(state, file)\n if state['step'] == 6: file.flush(); os._exit(9)\ntorch.save = save"
+    os.remove(state)
+    died = script(*TINY, *flags, "--data", json.load(open(whole / "config.json"))["data"], "--out", cut, preamble=dying)
+    died.communicate(timeout=60)
+    assert torch.load(state, weights_only=True)["step"] == 4
+    assert run(*flags, "--resume", out=cut)[0] == 0
+    assert losses_of(whole) == losses_of(cut)
+
+
+def test_killed_while_a_checkpoint_is_written(run, folder, tmp_path):
+    """Half of the second checkpoint reaches the disk: the first is whole, and --resume goes on from it."""
+    half = ("import torch, os, io; real = torch.save\ndef save(state, file):\n b = io.BytesIO(); real(state, b)\n"
+            " file.write(b.getvalue()[:len(b.getvalue()) // (2 if state['step'] == 4 else 1)]); file.flush()\n"
+            " if state['step'] == 4: os.kill(os.getpid(), 9)\ntorch.save = save")
+    killed = script(*TINY, "--data", folder, "--out", tmp_path / "run", preamble=half)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -9 and torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert run("--resume")[0] == 0
+    assert run(out=tmp_path / "whole")[0] == 0 and losses_of(tmp_path / "whole") == losses_of(tmp_path / "run")
+
+
+def test_resume_without_a_checkpoint_starts_anew_and_with_a_wrong_path_is_refused(run, tmp_path):
+    code, said, _ = run("--resume", "--steps", 2)
+    assert code == 0 and "from the beginning" in said
+    code, _, complaint = run("--resume", tmp_path / "nowhere.pt", "--steps", 2)
+    assert code == 2 and "nowhere.pt" in complaint and complaint.count("\n") == 1
+
+
+def test_a_run_is_not_overwritten_unasked(run, tmp_path):
+    assert run("--steps", 2)[0] == 0
+    code, _, complaint = run("--steps", 2)
+    assert code == 2 and "already holds a run" in complaint and "--resume" in complaint
+    code, said, _ = run("--steps", 2, "--resume")
+    assert code == 0 and len(log_of(tmp_path / "run")) == 2     # done already: nothing is done twice
+
+
+def orphans(mark):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as file:
+                found += [pid] if mark in file.read() and int(pid) != os.getpid() else []
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_sigterm_and_ctrl_c_save_and_leave(number, processes, run, folder, tmp_path):
+    """At the end of the step, with exit code 143 or 130, no process left behind; --resume equals never stopping."""
+    out = tmp_path / "run"
+    flags = ["--steps", 40, "--save_every", 1000, "--workers", 1, "--task", "mask"]
+    job = script(*TINY, *flags, "--data", folder, "--out", out, processes=processes, start_new_session=True)
+    deadline = time.time() + 90
+    while time.time() < deadline and not (os.path.exists(out / "log.jsonl") and len(log_of(out)) >= 2):
+        time.sleep(0.01)
+    os.killpg(job.pid, number) if number == signal.SIGINT else job.send_signal(number)       # Ctrl-C reaches the whole group
+    said, _ = job.communicate(timeout=60)
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert 2 <= step < 40 and "stopped by signal" in said, said
+    assert job.returncode == 128 + number if processes == 1 else job.returncode != 0
+    time.sleep(0.5)
+    assert orphans(str(out)) == []
+    if processes == 1:
+        assert "Traceback" not in said
+        assert run(*flags, "--resume")[0] == 0 and run(*flags, out=tmp_path / "whole")[0] == 0
+        assert losses_of(tmp_path / "whole") == losses_of(out)
+
+
+# faults ----------------------------------------------------------------------------------------------------
+
+def damaged(folder, where, bad):
+    """A copy of the folder in which the images numbered `bad` are cut in half, over 400 images."""
+    where.mkdir()
+    files = sorted(folder.rglob("*.png"))
+    for i in range(400):
+        bytes_ = files[i % len(files)].read_bytes()
+        (where / f"{i:03d}.png").write_bytes(bytes_[:len(bytes_) // 2] if i in bad else bytes_)
+    return where
+
+
+def test_a_bad_image_is_named_once_replaced_and_counted(run, folder, tmp_path):
+    data = damaged(folder, tmp_path / "data", {17, 18})
+    code, _, complaint = run("--batch_size", 40, "--steps", 25, "--save_every", 25, data=data)        # two and a half epochs
+    assert code == 0 and complaint.count("017.png") == 1 and complaint.count("018.png") == 1
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["progress"]["bad"] <= 2
+
+
+def test_more_than_one_percent_bad_images_stop_the_run_with_the_list(run, folder, tmp_path):
+    data = damaged(folder, tmp_path / "data", {3, 50, 90, 200, 399})
+    code, _, complaint = run("--batch_size", 40, "--steps", 25, data=data)
+    last = complaint.strip().splitlines()[-1]
+    assert code == 1 and "5 of 400" in last and "more than 1%" in last and all(f"{i:03d}.png" in last for i in (3, 50, 90, 200, 399))
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+REFUSED = [
+    (["--task", "sharpen"], "sharpen"), (["--model", "vit_giant"], "vit_giant"), (["--frobnicate"], "--frobnicate"),
+    (["--img_size", "18"], "18x18"), (["--mask_ratio", "1"], "mask ratio 1.0 is outside"), (["--mask_ratio", "-0.5"], "-0.5"),
+    (["--batch_size", "9", "--accum", "2"], "9 cannot be shared"), (["--mask_unit", "3"], "cells of 3"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--lr", "-1"], "--lr -1"), (["--crop", "0.5", "1.5"], "1.5"), (["--zoom_size", "99"], "zoom size 99"), (["--decoder", "4x10x3"], "4x10x3"),
+    (["--task", "blur", "--blur_kernel", "4"], "4 is not an odd"), (["--view_size", "8"], "view size 8"), (["--img_size", "16", "16", "16"], "not 3"),
+    (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--lr", "fast"], "fast"), (["--saturation", "0.3"], "--saturation does nothing"),
+    *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")]),
+]
+
+
+@pytest.mark.parametrize("flags, says", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, run, tmp_path):
+    code, _, complaint = run(*flags)
+    assert code == 2 and says in complaint and complaint.count("\n") == 1 and "Traceback" not in complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_empty_folders(run, tmp_path):
+    code, _, complaint = run(data=tmp_path / "nothing")
+    assert code == 2 and "neither a folder nor one of" in complaint
+    (tmp_path / "empty").mkdir()
+    code, _, complaint = run(data=tmp_path / "empty")
+    assert code == 2 and "no images in" in complaint and complaint.count("\n") == 1
+
+
+def test_the_message_reaches_a_user_of_the_real_script(tmp_path):
+    job = script("--task", "sharpen", "--out", tmp_path / "x")
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and said.startswith("pretrain.py: ") and said.count("\n") == 1
+
+
+def test_foreign_and_wrong_checkpoints_are_refused(run, tmp_path):
+    assert run("--steps", 2)[0] == 0
+    mine = tmp_path / "run/checkpoint.pt"
+    code, _, complaint = run("--steps", 2, "--resume", mine, "--task", "mask", out=tmp_path / "b")
+    assert code == 2 and "made with task zoom_in_mask" in complaint
+    torch.save(torch.load(mine, weights_only=True)["model"], tmp_path / "plain.pt")
+    code, _, complaint = run("--resume", tmp_path / "plain.pt", out=tmp_path / "b")
+    assert code == 2 and "not a run's checkpoint" in complaint
+    (tmp_path / "cut.pt").write_bytes(mine.read_bytes()[:5000])
+    code, _, complaint = run("--resume", tmp_path / "cut.pt", out=tmp_path / "b")
+    assert code == 2 and "damaged" in complaint and complaint.count("\n") == 1
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+    torch.save({"model": Payload(), "step": 1}, tmp_path / "evil.pt")
+    code, _, complaint = run("--resume", tmp_path / "evil.pt", out=tmp_path / "b")
+    assert code == 2 and "could run code" in complaint and not (tmp_path / "executed").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, complaint = run(out=tmp_path / "file" / "run")
+    assert code == 2 and "cannot be written to" in complaint and complaint.count("\n") == 1
+
+
+def test_a_full_disk_is_said_and_the_previous_checkpoint_is_intact(run, folder, tmp_path):
+    """A limit on the size of files stands in for the full disk."""
+    assert run("--steps", 6, "--save_every", 4)[0] == 0
+    os.remove(tmp_path / "run/checkpoint.pt")
+    full = "import resource, torch; real = torch.save\ndef save(state, file):\n if state['step'] > 2: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))\n real(state, file)\ntorch.save = save"
+    job = script(*TINY, "--data", folder, "--out", tmp_path / "run", preamble=full)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 1 and "could not write" in said and "previous checkpoint is intact" in said and "Traceback" not in said
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert not [name for name in os.listdir(tmp_path / "run") if name.endswith(".part")]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(run, tmp_path, monkeypatch):
+    calls = []
+    real = P.losses.recovery_loss
+    monkeypatch.setattr(P.losses, "recovery_loss", lambda *a, **k: calls.append(1) or real(*a, **k) * (math.nan if len(calls) == 4 else 1))
+    code, _, complaint = run("--lr", 0.5)
+    assert code == 1 and "the loss is nan at step 4, learning rate" in complaint
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["model"].values())
