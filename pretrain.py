@@ -156,10 +156,14 @@ def samples(step, batch, length, seed):
 
 
 class MemorySet:
-    """Images that fit in memory, (n, C, H, W) uint8 on the device, cropped and flipped there as a batch."""
+    """Images that fit in memory, (n, C, H, W) uint8 on the device, cropped and flipped there as a batch.
 
-    def __init__(self, images, labels, device):
+    shown: images for the pictures of a run; the set's own by default.
+    """
+
+    def __init__(self, images, labels, device, shown=None):
         self.images, self.labels, self.channels = images.to(device), labels, images.shape[1]
+        self.shown = self.images if shown is None else shown.to(device)
 
     def __len__(self):
         return len(self.images)
@@ -178,7 +182,7 @@ class MemorySet:
                 yield torch.where(flip[rows, None, None, None].to(view.device), view.flip(3), view), []
 
     def picture_views(self, n, size):
-        return degrade.scaled(self.images[:n].float() / 255, size)
+        return degrade.scaled(self.shown[:n].float() / 255, size)
 
 
 class Shapes(NamedTuple):
@@ -325,7 +329,8 @@ def _stack(items):
 
 
 def _worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):              # sent to the whole group; the trainer's to answer
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_data(config, device):
@@ -333,7 +338,7 @@ def load_data(config, device):
     name = config["data"]
     if name == "shapes":
         made = shapes(30000, seed=0)
-        return MemorySet(made.images, made.labels, device)
+        return MemorySet(made.images, made.labels, device, shown=shapes(20, seed=1).images)
     if name in TORCHVISION:
         kind, split = getattr(torchvision.datasets, TORCHVISION[name]), {"split": "train+unlabeled"} if name == "stl10" else {}
         try:
@@ -584,7 +589,7 @@ def provenance():
 
 @torch.no_grad()
 def draw_picture(path, model, data, c, device):
-    """Rows of view | what the encoder sees | recovered, of the set's first images, as a PNG."""
+    """view | what the encoder sees | recovered, of eight images, two a row, as a PNG."""
     size, p = tuple(c["img_size"]), c["patch_size"]
     view = data.picture_views(8, tuple(c["view"])).to(device)
     view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
@@ -595,9 +600,11 @@ def draw_picture(path, model, data, c, device):
     model.train()
     recovered = losses.recovered_picture(prediction, model.normalize(d.target), size, p, c["norm_target"])
     recovered = degrade.paste_visible(model.denormalize(recovered), d, p)
-    titles = ("view", "encoder sees", "recovered" + ("" if c["norm_target"] == "off" else "*"))
-    note = "" if c["norm_target"] == "off" else "* each patch's mean and contrast are the view's: the loss asks for neither"
-    sheet = degrade.sheet([d.target, degrade.seen(d, p), recovered], titles, note)
+    borrowed = c["norm_target"] != "off"
+    titles = ("view", "encoder sees", "recovered*" if borrowed else "recovered")
+    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if borrowed else ""
+    halves = [x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in (d.target, degrade.seen(d, p), recovered)]
+    sheet = degrade.sheet(halves, titles * 2, note)
     write_whole(path, lambda file: sheet.save(file, format="PNG"))
 
 

@@ -23,7 +23,7 @@ from conftest import ROOT, TINY, log_of, losses_of, script, weights_of
 
 def test_shapes_are_labelled_and_their_masks_and_boxes_are_true():
     made = P.shapes(100, seed=3)
-    assert made.images.shape == (200, 3, 48, 48) and made.images.dtype == torch.uint8
+    assert made.images.shape == (100, 3, 48, 48) and made.images.dtype == torch.uint8
     assert made.labels.bincount().tolist() == [10] * 10
     for mask, box in zip(made.masks, made.boxes):
         y, x = mask.nonzero().T

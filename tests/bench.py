@@ -1,0 +1,215 @@
+"""How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
+
+    python tests/bench.py                all of it, about ten minutes on 2 CPU cores
+    python tests/bench.py step profile   only these: step profile degrade input processes attention compile
+
+Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
+FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
+torch's counter counts the matrix products, two FLOPs a multiply-add. For T tokens of width D a block's forward
+takes 24 T D^2 + 4 T^2 D, a patch projection 2 N p p C D. The last line is one JSON object with every figure.
+"""
+import glob
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import degrade
+import losses
+import models
+import pretrain
+
+place = pretrain.set_up()
+device, figures = place.device, {}
+amp = pretrain.precision("auto", device)
+
+
+def clock(work, repeat, warm_up=1):
+    """Seconds of each of `repeat` calls, after warm-up."""
+    times = []
+    for i in range(warm_up + repeat):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[warm_up:]
+
+
+def report(name, values, unit, note=""):
+    middle = statistics.median(values)
+    figures[name] = dict(median=round(middle, 4), low=round(min(values), 4), high=round(max(values), 4), unit=unit, **({"note": note} if note else {}))
+    print(f"{name:44} {middle:10.3f} {unit}  ({min(values):.3f} - {max(values):.3f}) {note}", flush=True)
+    return middle
+
+
+def peak(dtype, n=2048):
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return [2 * n ** 3 / s / 1e9 for s in clock(lambda: a @ b, 15, 3)]
+
+
+def make_step(name, task, size, patch, batch, compiled=False):
+    """The core of pretrain.train on one batch of random views; and the FLOPs it takes an image."""
+    model = models.encoder_decoder(name, size, patch).to(device)
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    view = torch.rand(batch, 3, *degrade.view_size(task, size), device=device)
+    S = (size, size)
+    hidden = degrade.degrade(view[:1], task, S, patch, pretrain.seeded(0)).hidden
+    forward = models.flops(model, torch.zeros(1, 3, *S, device=device), hidden)
+    if compiled:
+        model.compile()
+
+    def step():
+        d = degrade.degrade(view, task, S, patch, pretrain.seeded(1))
+        with torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
+            prediction = model(d.inputs, d.hidden)
+        losses.recovery_loss(prediction, model.normalize(d.target), S, patch, d.counted).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, 3 * forward
+
+
+def step():
+    """A training step against the peak, measured in turn so that a slow minute hits both alike."""
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    report("peak float32, GFLOP/s", peak(torch.float32), "GFLOP/s")
+    for label, name, size, patch, batch, repeat in (("ViT-B/16 at 224, batch 32", "vit_base", 224, 16, 32, 7),
+                                                    ("default small model, batch 256", "vit_micro", 32, 4, 256, 30)):
+        (mask, flop), (zoom, _) = (make_step(name, task, size, patch, batch) for task in ("mask", "zoom_in_mask"))
+        seconds, slower, shares, peaks = [], [], [], []
+        for i in range(repeat + 1):
+            top, a, b = statistics.median(peak(dtype)), clock(mask, 1, 0)[0], clock(zoom, 1, 0)[0]
+            if i:
+                seconds.append(a), slower.append(b / a), shares.append(flop * batch / a / 1e9 / top), peaks.append(top)
+        report(f"{label}: peak {amp}", peaks, "GFLOP/s")
+        report(f"{label}: mask", [batch / s for s in seconds], "images/s", f"{flop / 1e9:.2f} GFLOPs an image")
+        report(f"{label}: share of peak", shares, "")
+        report(f"{label}: zoom_in_mask / mask, time", slower, "")
+        figures.setdefault("_step_seconds", {})[name] = statistics.median(seconds) / batch
+
+
+def profile():
+    """What a step of ViT-B/16 spends its time on."""
+    from torch.profiler import ProfilerActivity, profile
+    work, _ = make_step("vit_base", "mask", 224, 16, 32)
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as p:
+        work()
+    groups = {"matrix products": ("mm", "addmm", "bmm", "linear", "convolution"), "casts and copies": ("copy_", "cat", "clone"),
+              "softmax": ("softmax",), "layer norm": ("layer_norm",), "GELU": ("gelu",), "optimiser": ("fused_adamw",)}
+    events = [(e.key, e.self_cpu_time_total) for e in p.key_averages()]
+    whole, rest = sum(t for _, t in events), 1.0
+    for group, keys in groups.items():
+        share = sum(t for name, t in events if any(k in name.lower() for k in keys)) / whole
+        rest -= share
+        report(f"ViT-B/16 step: {group}", [share], "of the time")
+    report("ViT-B/16 step: the rest", [rest], "of the time")
+
+
+def degradations():
+    """Each task at 224 px, batch 64: images/s, and its share of a ViT-B/16 step where that was measured."""
+    base = figures.get("_step_seconds", {}).get("vit_base")
+    for task in degrade.TASKS:
+        view = torch.rand(64, 3, *degrade.view_size(task, 224), device=device)
+        seconds = clock(lambda: degrade.degrade(view, task, 224, 16, pretrain.seeded(0)), 7, 2)
+        note = f"{statistics.median(seconds) / 64 / base:.1%} of a ViT-B/16 step" if base else ""
+        report(f"degrade {task}, 224 px, batch 64", [64 / s for s in seconds], "images/s", note)
+
+
+def input_pipeline():
+    """JPEGs of 500 x 375 to uint8 views, on one thread, beside the usual torchvision pipeline on Pillow images."""
+    from PIL import Image
+    from torchvision import datasets, transforms
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/class")
+        made = pretrain.shapes(200, seed=1).images.float()
+        for i in range(0, 200):                                 # soft noise brings the files to the size of photographs
+            picture = F.interpolate(made[i:i + 1] + 25 * torch.randn(1, 3, 48, 48), (375, 500), mode="bicubic") + 4 * torch.randn(1, 3, 375, 500)
+            Image.fromarray(picture[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(f"{folder}/class/{i}.jpg", quality=90)
+        size = statistics.mean(os.path.getsize(f) for f in glob.glob(f"{folder}/class/*"))
+        usual = datasets.ImageFolder(folder, transforms.Compose([
+            transforms.RandomResizedCrop(224, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)]))
+        ours = pretrain.FolderSet(folder)
+        ours.size, ours.scale, ours.seed = (224, 224), (0.2, 1.0), 0
+        a, b = [], []
+        for _ in range(6):
+            a += clock(lambda: [ours[0, i] for i in range(200)], 1, 0)
+            b += clock(lambda: [usual[i] for i in range(200)], 1, 0)
+        report("input: files to views, one worker", [200 / s for s in a[1:]], "images/s", f"JPEG, 500x375, {size / 1e3:.0f} kB")
+        report("input: the usual pipeline", [200 / s for s in b[1:]], "images/s")
+        report("input: ours / usual", [y / x for x, y in zip(a[1:], b[1:])], "x")
+    torch.set_num_threads(threads)
+
+
+def processes():
+    """The default run on two processes against one with two threads, in turn; and how long it waits for data."""
+    speeds = {1: [], 2: []}
+    waits = []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(3):
+            for n in speeds:
+                start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
+                out = f"{folder}/{turn}-{n}"
+                subprocess.run([*start, "pretrain.py", "--task", "zoom_in_mask", "--steps", "120", "--out", out], check=True,
+                               cwd=Path(pretrain.__file__).parent, capture_output=True)
+                lines = [json.loads(line) for line in open(f"{out}/log.jsonl")][1:]
+                speeds[n].append(statistics.median(line["images_per_s"] for line in lines))
+                waits += [line["data_wait"] for line in lines]
+    report("default run, one process, two threads", speeds[1], "images/s")
+    report("default run, two processes", speeds[2], "images/s")
+    report("default run, two processes / one", [b / a for a, b in zip(speeds[1], speeds[2])], "x")
+    report("default run: share of time waiting for data", waits, "")
+
+
+def attention():
+    """Written-out attention against the fused kernel: what models.attend's choice rests on."""
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    written = lambda q, k, v: (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
+    for batch, heads, tokens, d in ((256, 4, 17, 32), (256, 2, 65, 32), (8, 12, 50, 64), (32, 12, 50, 64), (128, 12, 50, 64),
+                                    (8, 6, 197, 64), (32, 6, 197, 64), (64, 6, 197, 64), (64, 12, 197, 64)):
+        q = torch.randn(3, batch, heads, tokens, d, device=device, dtype=dtype, requires_grad=True)
+        ratio = []
+        for _ in range(5):
+            a, b = (statistics.median(clock(lambda: f(*q).sum().backward(), 3)) for f in (written, F.scaled_dot_product_attention))
+            ratio.append(b / a)
+        report(f"attention {batch} x {heads} heads x {tokens} x {d}: fused / written, time", ratio, "")
+
+
+def compiled():
+    """What --compile adds to a ViT-B/16 step."""
+    (plain, _), start = make_step("vit_base", "mask", 224, 16, 32), time.perf_counter()
+    fast, _ = make_step("vit_base", "mask", 224, 16, 32, compiled=True)
+    fast()
+    report("ViT-B/16: compiling", [time.perf_counter() - start], "s")
+    plain()
+    report("ViT-B/16: --compile, speed", [clock(plain, 1, 0)[0] / clock(fast, 1, 0)[0] for _ in range(5)], "x")
+
+
+PARTS = dict(step=step, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, compile=compiled)
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "compile")]
+    if unknown := [name for name in chosen if name not in PARTS]:
+        sys.exit(f"bench.py: no part '{unknown[0]}': choose of {', '.join(PARTS)}")
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{pretrain.cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, precision {amp}", flush=True)
+    for name in chosen:
+        PARTS[name]()
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    report("peak memory", [memory], "GiB")
+    figures.pop("_step_seconds", None)
+    print(json.dumps(dict(torch=torch.__version__, hardware=hardware, precision=amp, **figures)))

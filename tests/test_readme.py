@@ -1,0 +1,116 @@
+"""README is true: its commands run, its options exist, its table is degrade's, its expected lines are what is printed."""
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import degrade
+import pretrain
+from conftest import ROOT, TINY, log_of
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+SMALL = ["--model", "vit_micro", "--img_size", "16", "--patch_size", "4", "--batch_size", "8", "--steps", "2"]
+
+
+def in_this_python(command):
+    """A shell command as arguments, `torchrun` and `python` being this test's own, on a free port."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", *([] if "--rdzv" in command else ["--standalone"])]
+    return [sys.executable if w == "python" else w for w in words]
+
+
+def of(text):
+    return next(c for c in COMMANDS if text in c)
+
+
+def test_the_first_command_installs_and_trains_and_says_what_the_readme_says(tmp_path):
+    install, train = of("pip install").rsplit(" && ", 1)
+    assert install == "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+    done = subprocess.run([*in_this_python(train), "--steps", "40", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    blank = lambda text: [re.sub(r"runs/\S+?(?=/checkpoint|\n|$)", "OUT", re.sub(r"[\d.,]+(e-\d+)?", "#", line.replace(str(tmp_path / "run"), "runs/x"))) for line in text.strip().splitlines()]
+    expected = blank(next(text for kind, text in BLOCKS if kind == "text"))
+    said = blank(done.stdout)
+    assert said[:3] == expected[:3] and said[4] == expected[4]
+    assert said[3].split()[0] == expected[3].split()[0] == "loss"
+    assert log_of(tmp_path / "run")[-1]["loss"] < log_of(tmp_path / "run")[0]["loss"]
+
+
+def test_the_second_command_is_what_ci_runs():
+    command = of("pytest").split(" && ")[1]
+    assert command in (ROOT / ".ci/run").read_text()
+    assert subprocess.run([*in_this_python(command), "--collect-only"], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["--nproc_per_node=8", "--data photos"])
+def test_the_commands_for_a_folder(text, folder, tmp_path):
+    command = next(c for c in COMMANDS if text in c and "nnodes" not in c).replace("/path/to/imagenet", str(folder)).replace("--data photos", f"--data {folder}")
+    done = subprocess.run([*in_this_python(command.replace("=8", "=4")), *SMALL, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(log_of(tmp_path / "run")) == 1
+
+
+def test_the_command_for_two_machines(folder, tmp_path):
+    """Two launchers of one process each meet at the rendezvous."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = of("--nnodes=2").replace("/path/to/imagenet", str(folder)).replace("HOST:29400", f"127.0.0.1:{port}").replace("=8", "=1")
+    jobs = [subprocess.Popen([*in_this_python(command), *SMALL, "--out", str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(2)]
+    said = [job.communicate(timeout=200)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert "4 images x 2 processes" in "".join(said) and len(log_of(tmp_path / "run")) == 1
+
+
+def test_the_export_command(tmp_path, run):
+    assert run("--steps", 2)[0] == 0
+    command = of("--export").replace("runs/zoom_in_mask-vit_micro-shapes", str(tmp_path / "run")).replace("vit.pth", str(tmp_path / "vit.pth"))
+    assert subprocess.run(in_this_python(command), cwd=ROOT).returncode == 0 and (tmp_path / "vit.pth").exists()
+
+
+def test_every_option_named_is_an_option_and_every_setting_is_named():
+    known = set(pretrain.options()._option_string_actions) | {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export", "--strength"}
+    named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))
+    assert named <= known, named - known
+    assert {"--" + k for task in degrade.TASKS for k in degrade.task_settings(task)} <= named
+
+
+def test_the_table_of_tasks_is_degrades():
+    rows = re.findall(r"^\| `(\w+)` ?(?:\([a-z()+]+\))? \|", README, re.M)
+    assert rows == list(degrade.TASKS)
+
+
+def test_the_examples_of_settings_run(run, tmp_path):
+    examples = re.findall(r"`(--task [^`]+)`", README)
+    assert len(examples) >= 4
+    for i, example in enumerate(examples):
+        words = [str(int(w) * 16 // 224 // 2 * 2) if w in ("320", "288") else w for w in example.split()]
+        code, _, complaint = run(*words, "--steps", 1, out=tmp_path / str(i))
+        assert code == 0, complaint
+
+
+def test_the_task_added_in_the_readme_trains(folder, tmp_path):
+    """The README's ten lines, appended to a copy of degrade.py, and its command."""
+    for name in ("pretrain.py", "losses.py", "models.py", "degrade.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    added = next(text for kind, text in BLOCKS if kind == "python")
+    text = (ROOT / "degrade.py").read_text()
+    (tmp_path / "degrade.py").write_text(text.replace("def number_or_rand", added + "\n\ndef number_or_rand"))
+    command = next(c for c in re.findall(r"`(python pretrain.py [^`]+)`", README) if "negative" in c)
+    done = subprocess.run([*in_this_python(command), *TINY, "--data", str(folder), "--out", str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "'strength': 0.5" in done.stdout, done.stderr
+
+
+def test_pictures_are_there_and_files_are_mapped():
+    for path in re.findall(r"\]\((\.github/[^)]+)\)", README):
+        assert os.path.getsize(ROOT / path) > 1000
+    files = {f for f in os.listdir(ROOT) if f.endswith(".py")}
+    assert all(f"| `{f}` |" in README for f in files)
