@@ -48,8 +48,12 @@ def normalize_patches(patches, norm="patch", channels=3):
 
 
 def _area_weights(n, m, like):
-    """'area' from n to m pixels repeats every gcd(n, m)th of the way: the (m / g, n / g) matrix of one period, and g."""
+    """'area' from n to m pixels repeats gcd(n, m) times: an (m / g, n / g) matrix and how often it applies, g.
+
+    Two periods at once where they pair up: 20 x 14 for 224 -> 320 is faster than 10 x 7.
+    """
     g = math.gcd(n, m)
+    g = g // 2 if g % 2 == 0 else g
     eye = torch.eye(n // g, dtype=like.dtype, device=like.device)
     return F.interpolate(eye[None, None], (m // g, n // g), mode="area")[0, 0], g
 

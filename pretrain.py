@@ -31,8 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import degrade
@@ -119,22 +119,21 @@ def load_checkpoint(path):
 # ---------------------------------------------------------------------------------------------------
 
 def crop_boxes(u, height, width, scale):
-    """RandomResizedCrop's box for each row of uniform numbers u (n, 22): (n, 4) = (top, left, height, width).
+    """RandomResizedCrop's box for each row of uniform numbers u, numpy (n, 22): (n, 4) = (top, left, height, width).
 
     scale: share of the area, aspect 3/4 .. 4/3 (log-uniform); the first of ten tries that fits the image counts,
-    or else the largest central box of an allowed aspect.
+    or else the largest central box of an allowed aspect. (numpy: a loader calls it for one image at a time.)
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])                     # (n, 10)
-    aspect = torch.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))
-    w, h = (area * aspect).sqrt().round().clamp(min=1), (area / aspect).sqrt().round().clamp(min=1)
+    aspect = np.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))
+    w, h = np.maximum(1, np.rint(np.sqrt(area * aspect))), np.maximum(1, np.rint(np.sqrt(area / aspect)))
     fits = (w <= width) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    none = ~fits.any(1)
-    h = torch.where(none, min(height, round(width * 4 / 3)), h.gather(1, first)[:, 0])
-    w = torch.where(none, min(width, round(height * 4 / 3)), w.gather(1, first)[:, 0])
-    top, left = (u[:, 20] * (height - h + 1)).floor(), (u[:, 21] * (width - w + 1)).floor()
-    top, left = torch.where(none, (height - h) // 2, top), torch.where(none, (width - w) // 2, left)
-    return torch.stack([top, left, h, w], dim=1)
+    rows, first, some = np.arange(len(u)), fits.argmax(1), fits.any(1)
+    h = np.where(some, h[rows, first], min(height, round(width * 4 / 3)))
+    w = np.where(some, w[rows, first], min(width, round(height * 4 / 3)))
+    top = np.floor(np.where(some, u[:, 20], 0.5) * (height - h + 1))
+    left = np.floor(np.where(some, u[:, 21], 0.5) * (width - w + 1))
+    return np.stack([top, left, h, w], axis=1).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=2)
@@ -174,7 +173,7 @@ class MemorySet:
         for step in steps:
             index = samples(step, batch, len(self), seed)[:, 1]
             u = torch.rand(batch, 23, generator=seeded(seed, CROP, step))
-            box, flip = crop_boxes(u, H, W, scale), u[:, 22] < 0.5
+            box, flip = torch.from_numpy(crop_boxes(u.numpy(), H, W, scale)), u[:, 22] < 0.5
             for first, k in parts:
                 rows = slice(first, first + k)
                 images = self.images[index[rows].to(self.images.device)].float() / 255
@@ -268,6 +267,11 @@ def read_image(path):
         raise OSError(f"{path}: {type(error).__name__} {error}".splitlines()[0]) from error
 
 
+def shrink(image, size):
+    """(3, H, W) uint8 -> (3, *size) uint8, bicubic and antialiased."""
+    return F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+
+
 class FolderSet(torch.utils.data.Dataset):
     """All images below a folder, nested or flat. An item is asked for as (epoch, index)."""
     channels = 3
@@ -296,9 +300,9 @@ class FolderSet(torch.utils.data.Dataset):
                 bad = bad or (self.path(index), str(error))
         else:
             raise Failure(f"{self.path(index)} and the {other} images after it cannot be read")
-        u = torch.rand(1, 23, generator=seeded(self.seed, CROP, epoch, index))
-        top, left, h, w = crop_boxes(u, *image.shape[1:], self.scale)[0].int().tolist()
-        view = TF.resized_crop(image, top, left, h, w, list(self.size), TF.InterpolationMode.BICUBIC, antialias=True)
+        u = torch.rand(1, 23, generator=seeded(self.seed, CROP, epoch, index)).numpy()
+        top, left, h, w = crop_boxes(u, *image.shape[1:], self.scale)[0].astype(int).tolist()
+        view = shrink(image[:, top:top + h, left:left + w], self.size)
         return view.flip(2) if u[0, 22] < 0.5 else view, bad
 
     def batches(self, steps, batch, parts, size, scale, seed, device, workers):
@@ -317,8 +321,8 @@ class FolderSet(torch.utils.data.Dataset):
             with contextlib.suppress(OSError):
                 image = read_image(self.path(index))
                 short = min(image.shape[1] / size[0], image.shape[2] / size[1])
-                box = TF.center_crop(image, [max(1, round(side * short)) for side in size])
-                views.append(TF.resize(box, list(size), TF.InterpolationMode.BICUBIC, antialias=True))
+                box = degrade.center_crop(image[None], [max(1, int(side * short)) for side in size])
+                views.append(shrink(box[0], size))
             if len(views) == n:
                 break
         return torch.stack(views).float() / 255
