@@ -743,7 +743,7 @@ def run(args):
         except OSError as error:
             raise BadRequest(f"--out {c['out']} cannot be written to: {error}")
         print(f"{c['task']}: {c['model']} on {c['data']}, {len(data):,} images, view {c['view'][0]}x{c['view'][1]} -> input "
-              f"{c['img_size'][0]}x{c['img_size'][1]}, settings {c['settings']}")
+              f"{c['img_size'][0]}x{c['img_size'][1]}, " + ", ".join(f"{k} {v}" for k, v in c["settings"].items() if v is not None))
         print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
