@@ -15,7 +15,6 @@ result does not depend on how a batch is shared out among processes. None: the b
 import argparse
 import inspect
 import math
-import os
 from typing import Callable, NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ def draw(batch, *shape, generator=None, part=None, device=None, normal=False):
 def _cells(grid, ratio, unit):
     """Rows and columns of mask cells, and how many stay visible: floor(cells (1 - ratio)), as in MAE."""
     gh, gw = pair(grid)
-    if gh % unit or gw % unit:
+    if unit < 1 or gh % unit or gw % unit:
         raise ValueError(f"mask cells of {unit} patches do not tile a grid of {gh}x{gw} patches: choose a divisor")
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is outside [0, 1)")
@@ -167,19 +166,29 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
 
     size: (h, w) of the result, the picture's own by default. zoom_size: pixels of the picture; default 160 / 224
     of it, or, when the picture is larger than the result, `size` (A.1: no rescaling). zoom_at: "center", or
-    "random" (A.3: worse, as what is to be recovered is anyone's guess). ValueError if larger than the picture.
+    "random" (A.3: worse, as what is to be recovered is anyone's guess). ValueError for a size that does not fit.
     """
     whole = tuple(images.shape[2:])
     size = pair(size or whole)
-    part_size = _at_size(zoom_size, whole) if zoom_size else size if size < whole else _at_size(whole[0] * 160 / 224, whole)
-    if not (part_size[0] <= whole[0] and part_size[1] <= whole[1]):
-        raise ValueError(f"zoom size {part_size[0]} is larger than the {whole[0]} px view: choose a smaller one")
+    if zoom_size is not None and (zoom_size == "rand" or not 1 <= zoom_size <= whole[0]):
+        raise ValueError(f"zoom size {zoom_size} is not one of 1 .. {whole[0]}, the height of the view")
+    if zoom_size is not None:
+        part_size = _at_size(zoom_size, whole)
+    elif size != whole:
+        part_size = size
+    else:
+        part_size = _at_size(whole[0] * 160 / 224, whole)
     if zoom_at == "center":
         return scaled(center_crop(images, part_size), size)
     room = torch.tensor([whole[0] - part_size[0] + 1, whole[1] - part_size[1] + 1])
     corner = (draw(len(images), 2, generator=generator, part=part) * room).floor()
     box = torch.cat([corner, torch.tensor(part_size).expand(len(images), 2)], dim=1)
     return crop_resize(images, box.to(images.device), size)
+
+
+def middle(images, size=None):
+    """(m)+(a) The centre of a larger picture, as it is: (B, C, *size). BM A.2."""
+    return center_crop(images, size or tuple(images.shape[2:]))
 
 
 def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, part=None):
@@ -193,9 +202,9 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, part=No
     B, _, H, W = images.shape
     u = draw(B, 3, generator=generator, part=part)
     table = torch.tensor([96.0, 128.0, 160.0, 192.0]) * H / 224
-    height = table[(u[:, 0] * 4).long()] if zoom_size == "rand" else torch.full((B,), float(zoom_size or H * 160 / 224))
+    height = table[(u[:, 0] * 4).long()] if zoom_size == "rand" else torch.full((B,), float(H * 160 / 224 if zoom_size is None else zoom_size))
     height, width = height.round(), (height.round() * W / H).round()
-    if not (1 <= height.min() and height.max() <= H):
+    if zoom_size not in (None, "rand") and not 1 <= zoom_size <= H:
         raise ValueError(f"zoom size {zoom_size} is outside 1 .. {H}, the height of the canvas")
     if zoom_fill == "none":
         out = torch.empty_like(images)
@@ -225,6 +234,8 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, part=None):
     pixel at distance r from the centre shows what lay at distance r - t r^2; t = 0 changes nothing.
     """
     B, _, H, W = images.shape
+    if not 0 <= twist[0] <= twist[1] <= 1:
+        raise ValueError(f"twist {twist[0]} {twist[1]} is not 0 <= smallest <= largest <= 1")
     u = draw(B, 3, generator=generator, part=part, device=images.device)
     center, t = 2 * u[:, None, None, :2] - 1, twist[0] + (twist[1] - twist[0]) * u[:, 2].view(B, 1, 1, 1)
     y, x = torch.linspace(-1, 1, H, device=images.device), torch.linspace(-1, 1, W, device=images.device)
@@ -279,6 +290,8 @@ def desaturate(images, saturation=0.3):
     HSV has value = max(R, G, B) and each channel at value * (1 - S * something of the hue), so scaling S moves
     every channel towards the value: no conversion there and back is needed. 0: grey.
     """
+    if not 0 <= saturation <= 1:
+        raise ValueError(f"saturation {saturation} is outside 0 .. 1")
     value = images.amax(1, keepdim=True)
     return value + (images - value) * saturation
 
@@ -309,7 +322,7 @@ TASKS = {
     "distort": Task(distort, "(c) fisheye about a random centre", target="center"),
     "blur": Task(blur, "(d) random 9x9 kernel on each channel"),
     "decolor": Task(desaturate, "(e) saturation x 0.3"),
-    "zoom_in_mask": Task(zoom_in, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
+    "zoom_in_mask": Task(middle, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
                          mask_ratio=0.75, view=320 / 224, target="whole", compare="hidden"),
 }
 
@@ -346,9 +359,9 @@ def task_settings(name):
 def view_size(task, size, view_size=None):
     """(h, w) of the view the task wants for an input of `size`: V - S is even, so that the centre is whole pixels."""
     size = pair(size)
-    view = view_size / size[0] if view_size else TASKS[task].view
-    if view < 1:
-        raise ValueError(f"view size {view_size} is smaller than the input's {size[0]}: choose {size[0]} or more")
+    if view_size is not None and (view_size < size[0] or (view_size - size[0]) % 2):
+        raise ValueError(f"view size {view_size} is not the input's {size[0]} or larger by an even number")
+    view = TASKS[task].view if view_size is None else view_size / size[0]
     return tuple(side + 2 * round(side * (view - 1) / 2) for side in size)
 
 
@@ -364,7 +377,7 @@ def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **s
     """A view (B, C, V, V) in [0, 1] -> Degraded, by the row `task` of TASKS.
 
     size: the input's S or (h, w), the view's by default. settings: as in task_settings(task); None = default.
-    ValueError for an unknown task or setting, or a value out of its range.
+    ValueError for an unknown task or setting, a value out of its range, or a size the patches do not divide.
     """
     row, values = TASKS.get(task), task_settings(task)
     unknown = [k for k in settings if k not in values]
@@ -373,11 +386,15 @@ def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **s
     values.update((k, v) for k, v in settings.items() if v is not None)
     size = pair(size or tuple(view.shape[2:]))
 
+    if any(side < patch_size or side % patch_size for side in size):
+        raise ValueError(f"image size {size[0]}x{size[1]} is not divisible by the patch size {patch_size}: choose multiples of it")
     hidden = None
     if values["mask_ratio"]:
         grid = tuple(side // patch_size for side in size)
-        hidden = MASKS[values["mask_kind"]](len(view), grid, values["mask_ratio"], values["mask_unit"],
-                                            generator, view.device, part)
+        hidden = MASKS[values["mask_kind"]](len(view), grid, values["mask_ratio"], values["mask_unit"], generator, part=part)
+        if not hidden[0].any():
+            raise ValueError(f"mask ratio {values['mask_ratio']} hides none of {grid[0]}x{grid[1]} patches: choose a larger one, or 0")
+        hidden = hidden.to(view.device, non_blocking=True)
     values.update(size=size, generator=generator, part=part)
     inputs = row.picture(view, **{k: values[k] for k in inspect.signature(row.picture).parameters if k in values})
     target = {"view": scaled, "center": center_crop, "whole": lambda view, size: view}[row.target](view, size)
@@ -457,6 +474,8 @@ def main(argv=None):
     parser.add_argument("--out", default="tasks.png", help="default: tasks.png")
     parser.add_argument("--size", type=int, default=224, help="input size in pixels, a multiple of 16; default: 224")
     args = parser.parse_args(argv)
+    if args.size < 16 or args.size % 16:
+        parser.exit(2, f"degrade.py: --size {args.size} is not a multiple of 16\n")
     if args.image:
         import numpy
         from PIL import Image, ImageOps
@@ -477,7 +496,10 @@ def main(argv=None):
             parser.exit(2, f"degrade.py: {error}\n")
         columns.append(torch.cat([scaled(x, (args.size, args.size)) for x in (view, seen(d, 16), d.target)]))
     page = sheet(columns, list(TASKS), "rows: the view; what the encoder sees; what is to be recovered", side=min(args.size, 160))
-    page.save(args.out)
+    try:
+        page.save(args.out)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"degrade.py: {args.out} cannot be written: {error}\n")
     print(f"wrote {args.out}: {', '.join(TASKS)}")
 
 

@@ -11,7 +11,6 @@ hidden (B, N) bool: True = the encoder does not see this patch.
 """
 import argparse
 import os
-import pickle
 from typing import NamedTuple
 
 import torch
@@ -120,7 +119,7 @@ class ViT(nn.Module):
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0):
         super().__init__()
         self.img_size, self.patch_size, self.channels = pair(img_size), patch_size, channels
-        if any(side % patch_size for side in self.img_size):
+        if any(side < patch_size or side % patch_size for side in self.img_size):
             raise ValueError(f"image size {self.img_size[0]}x{self.img_size[1]} is not divisible by the patch "
                              f"size {patch_size}: choose multiples of {patch_size}")
         self.grid = tuple(side // patch_size for side in self.img_size)
@@ -158,9 +157,10 @@ class ViT(nn.Module):
         B, C, p, (gh, gw) = images.shape[0], self.channels, self.patch_size, self.grid
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(B, gh * gw, C * p * p)                                           # (B, N, C p p)
-        position = self.pos_embed[:, 1:].expand(B, -1, -1)                             # (B, N, D)
+        position = self.pos_embed[:, 1:]                                               # (1, N, D)
         if hidden is not None:
-            x, position = x[~hidden].view(B, -1, C * p * p), position[~hidden].view(B, -1, position.shape[2])
+            row, patch = (~hidden).nonzero(as_tuple=True)
+            x, position = x[row, patch].view(B, -1, C * p * p), position[0, patch].view(B, -1, position.shape[2])
         x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias) + position
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks:
@@ -240,7 +240,7 @@ def read_weights(path):
     except FileNotFoundError:
         raise ValueError(f"no weights at {path}")
     except Exception as error:                                  # unpickling fails in as many ways as there are files
-        why = "it holds pickled objects, which could run code" if isinstance(error, pickle.UnpicklingError) else \
+        why = "it holds pickled objects, which could run code" if "GLOBAL" in str(error) else \
             f"it is damaged or of another kind ({type(error).__name__})"
         raise ValueError(f"{path} was not read: {why}. Give a file written by torch.save with tensors only")
     if not isinstance(state, dict):
@@ -289,8 +289,9 @@ def load_weights(model, source):
         elif name.startswith("head"):
             del state[name]
         else:
+            options = "--decoder (MAE's is 8x512x16)" if name.startswith(("decoder", "mask_token")) else "--model and --patch_size"
             raise ValueError(f"{name} is {tuple(state[name].shape)} in the weights and {tuple(own[name].shape)} in the model: "
-                             "choose the --model and --patch_size the weights were made with")
+                             f"choose the {options} the weights were made with")
     loaded = [n for n in state if n in own]
     if not any(n.startswith("blocks.") for n in loaded):
         raise ValueError(f"none of the backbone is in these weights: they have {', '.join(list(state)[:4]) or 'no tensors'} ..., "
@@ -324,8 +325,11 @@ def main(argv=None):
     p.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "OUT"), help="write the encoder alone, under timm's names")
     args = p.parse_args(argv)
     if args.export:
-        state = read_weights(args.export[0])
-        torch.save(export(state.get("model", state)), args.export[1])
+        try:
+            state = read_weights(args.export[0])
+            torch.save(export(state.get("model", state)), args.export[1])
+        except (ValueError, OSError, RuntimeError) as error:
+            p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")
         return print(f"wrote {args.export[1]}")
     for name in MODELS:
         size, patch = (32, 4) if name == "vit_micro" else (224, 16)

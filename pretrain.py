@@ -82,7 +82,7 @@ CROP, DAMAGE, ORDER, PICTURE = range(4)          # streams of random numbers tha
 
 def write_whole(path, write):
     """write(file) into a neighbour of `path`, then put it in its place: a reader never meets half a file."""
-    temporary = f"{path}.{os.getpid()}.part"
+    temporary = f"{path}.part"                                  # one name: what a killed run left is written over
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -250,10 +250,10 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 
 def read_image(path):
     """Any image file as RGB: (3, H, W) uint8, upright (EXIF). OSError, with the reason, when it cannot be read."""
-    if decode_image:
+    if decode_image and not path.lower().endswith(".webp"):     # it does not turn WebP upright
         with contextlib.suppress(RuntimeError):                 # Pillow reads more kinds, and says what is wrong
             image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
-            if image.dtype == torch.uint8:
+            if image.dtype == torch.uint8 and image.ndim == 3:  # neither 16 bits nor animated
                 return image
     from PIL import Image, ImageOps
     try:
@@ -290,7 +290,7 @@ class FolderSet(torch.utils.data.Dataset):
         return os.fsdecode(self.paths[index % len(self)])
 
     def __getitem__(self, item):
-        """-> view (3, *size) uint8, and None or (the file that could not be read, why)."""
+        """-> view (3, *size) uint8, or None if there is none; and None or (the file that could not be read, why)."""
         (epoch, index), bad = item, None
         for other in range(min(100, len(self))):                # a bad image is replaced by the next good one
             try:
@@ -299,7 +299,7 @@ class FolderSet(torch.utils.data.Dataset):
             except OSError as error:
                 bad = bad or (self.path(index), str(error))
         else:
-            raise Failure(f"{self.path(index)} and the {other} images after it cannot be read")
+            return None, bad
         u = torch.rand(1, 23, generator=seeded(self.seed, CROP, epoch, index)).numpy()
         top, left, h, w = crop_boxes(u, *image.shape[1:], self.scale)[0].astype(int).tolist()
         view = shrink(image[:, top:top + h, left:left + w], self.size)
@@ -313,6 +313,8 @@ class FolderSet(torch.utils.data.Dataset):
             self, batch_sampler=wanted, num_workers=workers, collate_fn=_stack, worker_init_fn=_worker,
             pin_memory=device.type == "cuda")                   # CUDA only: copies overlap with computing
         for views, bad in loader:
+            if views is None:
+                raise Failure(f"{bad[0][1]}; nor can the images after it be read: look into {os.path.dirname(bad[0][0])}")
             yield views.to(device, non_blocking=True).float() / 255, bad
 
     def picture_views(self, n, size):
@@ -325,11 +327,14 @@ class FolderSet(torch.utils.data.Dataset):
                 views.append(shrink(box[0], size))
             if len(views) == n:
                 break
+        if not views:
+            raise Failure(f"not one image of {os.path.dirname(self.path(0))} can be read")
         return torch.stack(views).float() / 255
 
 
 def _stack(items):
-    return torch.stack([view for view, _ in items]), [bad for _, bad in items if bad]
+    views = [view for view, _ in items]
+    return None if any(v is None for v in views) else torch.stack(views), [bad for _, bad in items if bad]
 
 
 def _worker(_):
@@ -364,10 +369,11 @@ def load_data(config, device):
 # ---------------------------------------------------------------------------------------------------
 
 class Place(NamedTuple):
-    """Where this process stands: rank of world, and its device."""
+    """Where this process stands: rank of world, its device, and how many processes this machine has."""
     rank: int
     world: int
     device: torch.device
+    here: int = 1
 
 
 def set_up(device="auto"):
@@ -383,15 +389,16 @@ def set_up(device="auto"):
             raise BadRequest(f"{per_node} processes on a machine with {torch.cuda.device_count()} GPUs: "
                              "lower --nproc_per_node, or --device cpu")
         torch.cuda.set_device(local)                            # CUDA only: one GPU a process
-        torch.set_float32_matmul_precision("high")              # CUDA only: TF32 where autocast leaves float32
         device = f"cuda:{local}"
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise BadRequest("--device mps: torch sees no Metal device here, choose --device cpu")
     torch.set_num_threads(max(1, cores() // per_node))
     with contextlib.suppress(OSError, AttributeError):          # CPU, glibc: keep freed memory. Asking the system for it
         libc = ctypes.CDLL("libc.so.6")                         # again at every operation costs a tenth of a step and more
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)      # M_MMAP_MAX, M_TRIM_THRESHOLD
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Place(rank, world, torch.device(device))
+    return Place(rank, world, torch.device(device), per_node)
 
 
 def cores():
@@ -407,7 +414,8 @@ def precision(amp, device):
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "off"
+    fast = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return "bf16" if device.type == "cpu" and any(fast) else "off"
 
 
 def learning_rate(step, total, warmup, peak):
@@ -462,7 +470,10 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def __call__(self, **line):
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise Failure(f"could not write {self.file.name}: {error}. The last checkpoint is intact: make room, then --resume")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -514,13 +525,23 @@ def options():
     o("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop; default: 0.2 1 or 0.5 1")
     o("--norm_target", default="patch", choices=("patch", "channel", "off"), help="target pixels normalised per patch (MAE), per patch and channel (BM's code), or plain; default: patch")
     o("--band_weight", type=float, default=0.2, help="weight of the outer band in zoom_in_mask, the centre's is one minus it; default: 0.2")
-    tasks = p.add_argument_group("settings of the tasks", "default: the paper's best, see degrade.TASKS")
-    known = {k: v for task in degrade.TASKS for k, v in degrade.task_settings(task).items()}
-    for name, default in known.items():
-        kind, text = degrade.SETTINGS.get(name, (type(default), None))
+    tasks = p.add_argument_group("settings of the tasks", "default: the paper's best")
+    for name, defaults in settings().items():
+        default = next((v for v in defaults.values() if v is not None), None)
+        several = isinstance(default, tuple)
+        kind, text = degrade.SETTINGS.get(name, (type(default[0] if several else default), "a setting"))
         what = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
-        tasks.add_argument(f"--{name}", help=text, **what, **(dict(nargs=len(default)) if isinstance(default, tuple) else {}))
+        values = {v: [task for task, w in defaults.items() if w == v] for v in defaults.values()}
+        shown = "the paper's, at this size" if default is None else ", ".join(
+            f"{v} ({', '.join(of)})" if len(values) > 1 else f"{v}" for v, of in values.items())
+        tasks.add_argument(f"--{name}", help=f"{text}; default: {shown}", **what, **(dict(nargs=len(default)) if several else {}))
     return p
+
+
+def settings():
+    """Every setting of every task: {setting: {task: default}}."""
+    every = {task: degrade.task_settings(task) for task in degrade.TASKS}
+    return {name: {task: row[name] for task, row in every.items() if name in row} for name in dict.fromkeys(k for row in every.values() for k in row)}
 
 
 def resolve(args, place, length, channels):
@@ -532,15 +553,18 @@ def resolve(args, place, length, channels):
         raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
     size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
     taken = degrade.task_settings(c["task"])
-    given = {k: c.pop(k) for k in list(c) if k in degrade.SETTINGS or k in taken}
+    given = {k: c.pop(k) for k in settings()}
     stray = [k for k, v in given.items() if v is not None and k not in taken]
     if stray:
         raise BadRequest(f"--{stray[0]} does nothing in task {c['task']}: it takes {', '.join('--' + k for k in taken)}")
     c["settings"] = {k: given[k] if given.get(k) is not None else v for k, v in taken.items()}
     positive = ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every")
     for name in positive:
-        if c[name] is not None and not c[name] > 0:
-            raise BadRequest(f"--{name} {c[name]} must be more than 0")
+        if c[name] is not None and not 0 < c[name] < math.inf:
+            raise BadRequest(f"--{name} {c[name]} must be more than 0, and finite")
+    for name in ("weight_decay", "seed", "workers", "warmup"):
+        if c[name] is not None and not 0 <= c[name] < math.inf:
+            raise BadRequest(f"--{name} {c[name]} must not be negative")
     if not 0 < c["crop"][0] <= c["crop"][1] <= 1:
         raise BadRequest(f"--crop {c['crop'][0]} {c['crop'][1]} must be 0 < MIN <= MAX <= 1")
     if not 0 <= c["band_weight"] <= 1:
@@ -562,14 +586,15 @@ def resolve(args, place, length, channels):
     c["warmup"] = c["warmup_steps"] * B / length
     c["save_every"] = c["save_every"] or max(50, c["total_steps"] // 20)
     if c["workers"] is None:
-        c["workers"] = min(8, cores()) if place.device.type == "cuda" else 1
+        c["workers"] = max(1, min(8, cores() // place.here)) if place.device.type == "cuda" else 1
+    if c["out"] is None and c["resume"] not in (None, "auto"):
+        c["out"] = os.path.dirname(os.path.abspath(c["resume"]))
     c["out"] = c["out"] or os.path.join("runs", f"{c['task']}-{c['model']}-{os.path.basename(os.path.normpath(c['data']))}")
     c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device))
     try:                                                        # one small batch through the whole request
         c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
-        tiny = degrade.degrade(torch.zeros(2, channels, *c["view"]), c["task"], tuple(size), c["patch_size"],
-                               seeded(0), **c["settings"])
-        losses.patchify(tiny.inputs, c["patch_size"])
+        few = torch.zeros(2 - c["images_per_process"] % 2, channels, *c["view"])                # odd if the batches are
+        degrade.degrade(few, c["task"], tuple(size), c["patch_size"], seeded(0), **c["settings"])
     except ValueError as error:
         raise BadRequest(str(error))
     return c
@@ -592,8 +617,10 @@ def provenance():
 # ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw_picture(path, model, data, c, device):
-    """view | what the encoder sees | recovered, of eight images, two a row, as a PNG."""
+def draw_picture(model, data, c, device):
+    """view | what the encoder sees | recovered, of eight images, two a row: a Pillow picture, or None if the
+    prediction is not finite.
+    """
     size, p = tuple(c["img_size"]), c["patch_size"]
     view = data.picture_views(8, tuple(c["view"])).to(device)
     view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
@@ -602,68 +629,106 @@ def draw_picture(path, model, data, c, device):
     with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
         prediction = model(d.inputs, d.hidden)
     model.train()
+    if not prediction.isfinite().all():
+        return None
     recovered = losses.recovered_picture(prediction, model.normalize(d.target), size, p, c["norm_target"])
     recovered = degrade.paste_visible(model.denormalize(recovered), d, p)
     borrowed = c["norm_target"] != "off"
     titles = ("view", "encoder sees", "recovered*" if borrowed else "recovered")
     note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if borrowed else ""
     halves = [x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in (d.target, degrade.seen(d, p), recovered)]
-    sheet = degrade.sheet(halves, titles * 2, note)
-    write_whole(path, lambda file: sheet.save(file, format="PNG"))
+    return degrade.sheet(halves, titles * 2, note)
+
+
+def save(step, c, place, data, model, optimizer, scaler, progress):
+    """checkpoint.pt and a picture, by rank 0. Failure, on every rank, if the model's own prediction is not finite
+    any more (the checkpoint before is kept) or the disk does not take it.
+    """
+    trouble = ""
+    if place.rank == 0:
+        picture = draw_picture(model, data, c, place.device)
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     step=step, config=c, progress=progress)
+        try:
+            if picture is None:
+                trouble = "the model's prediction is not finite. Lower --lr or lengthen --warmup"
+            else:
+                write_whole(os.path.join(c["out"], "checkpoint.pt"), lambda file: torch.save(state, file))
+                write_whole(os.path.join(c["out"], f"recovered_{step:07d}.png"), lambda file: picture.save(file, format="PNG"))
+        except OSError as error:
+            trouble = f"{error}. Make room, then --resume"
+    if agree([float(bool(trouble))], place)[0]:
+        raise Failure(trouble and f"step {step}: {trouble}; the previous checkpoint is intact")
+
+
+class BadFiles:
+    """The images that could not be read: each named once, and counted by epoch over all processes."""
+
+    def __init__(self, images, batch):
+        self.images, self.batch, self.why = images, batch, {}
+
+    def meet(self, bad):
+        for path, why in bad:
+            if path not in self.why:
+                self.why[path] = why
+                tqdm.write(f"skipped {why}", file=sys.stderr)
+        return len(bad)
+
+    def check(self, step, now, before, place):
+        """The epoch's count after this step's `now`. Failure, with the list, above 1% of an epoch."""
+        same_epoch = step * self.batch // self.images == (step - 1) * self.batch // self.images
+        count = now + (before if same_epoch else 0)
+        if count <= 0.01 * max(self.images, self.batch):
+            return count
+        lists = [list(self.why)]
+        if place.world > 1:
+            lists = [None] * place.world
+            dist.all_gather_object(lists, list(self.why))
+        names = sorted({path for paths in lists for path in paths})
+        raise Failure(f"{int(count)} of {self.images} images could not be read in this epoch, more than 1%: mend or remove "
+                      + ", ".join(names) + "; then --resume" if place.rank == 0 else "")
 
 
 def train(c, place, data, model, optimizer, scaler, start, progress):
     """The loop: learning rate, forward, backward, step, log, save. Returns the exit code."""
-    device, size, main = place.device, tuple(c["img_size"]), place.rank == 0
+    device, size, p, B, total = place.device, tuple(c["img_size"]), c["patch_size"], c["batch_size"], c["total_steps"]
     net = model
     if c["compile"]:
         model.compile()
     if place.world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        net = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
     apart = getattr(net, "no_sync", contextlib.nullcontext)
-    k, B = c["images_per_process"], c["batch_size"]
+    k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
-    views = data.batches(range(start, c["total_steps"]), B, parts, tuple(c["view"]), c["crop"], c["seed"],
-                         device=device, workers=c["workers"])
-    signals, log = Signals(), Log(os.path.join(c["out"], "log.jsonl"), start) if main else None
-    since, waited, timed, speed, bad_files, leaving = time.perf_counter(), 0.0, 0, 0.0, {}, False
+    views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device, workers=c["workers"])
+    log = Log(os.path.join(c["out"], "log.jsonl"), start) if place.rank == 0 else lambda **line: None
+    signals, bad_files, leaving = Signals(), BadFiles(len(data), B), False
+    since, waited, timed, speed = time.perf_counter(), 0.0, 0, 0.0
+    bar = tqdm(total=total, initial=start, unit="step", disable=place.rank > 0, mininterval=1, dynamic_ncols=True)
 
-    def save(step):
-        if main:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                         step=step, config=c, progress=progress)
-            try:
-                write_whole(os.path.join(c["out"], "checkpoint.pt"), lambda file: torch.save(state, file))
-                draw_picture(os.path.join(c["out"], f"recovered_{step:07d}.png"), model, data, c, device)
-            except OSError as error:
-                raise Failure(f"step {step}: {error}. The previous checkpoint is intact: make room, then --resume")
-
-    with tqdm(total=c["total_steps"], initial=start, unit="step", disable=not main, mininterval=1, dynamic_ncols=True) as bar:
-        for step in range(start, c["total_steps"]):
-            lr = learning_rate(step, c["total_steps"], c["warmup_steps"], c["actual_lr"])
+    with bar, contextlib.closing(views):
+        for step in range(start, total):
+            lr = learning_rate(step, total, c["warmup_steps"], c["actual_lr"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            total, bad_now = 0.0, 0
+            loss, bad = 0.0, 0
             for a, part in enumerate(parts):
                 clock = time.perf_counter()
-                view, bad = next(views)
-                for path, why in bad:
-                    bad_now += 1
-                    if path not in bad_files:
-                        bad_files[path] = why
-                        tqdm.write(f"skipped {why}", file=sys.stderr)
-                d = degrade.degrade(view, c["task"], size, c["patch_size"], seeded(c["seed"], DAMAGE, step), (part[0], B), **c["settings"])
+                view, unread = next(views)
+                bad += bad_files.meet(unread)
+                d = degrade.degrade(view, c["task"], size, p, seeded(c["seed"], DAMAGE, step), (part[0], B), **c["settings"])
                 waited += time.perf_counter() - clock
                 with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
                     with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
                         prediction = net(d.inputs, d.hidden)
-                    loss = losses.recovery_loss(prediction, model.normalize(d.target), size, c["patch_size"], d.counted,
-                                                c["norm_target"], c["band_weight"])
-                    scaler.scale(loss / c["accum"]).backward()
-                total = total + loss.detach() / c["accum"]
+                    part_loss = losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted,
+                                                     c["norm_target"], c["band_weight"]) / c["accum"]
+                    scaler.scale(part_loss).backward()
+                loss = loss + part_loss.detach()
 
-            loss, told, bad_now = agree([float(total) / place.world, signals.received, bad_now], place)
+            loss, told, bad = agree([float(loss) / place.world, signals.received, bad], place)
             if not math.isfinite(loss):
                 raise Failure(f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved since the last "
                               "checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
@@ -671,32 +736,28 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            epoch = (step + 1) * B / len(data)
-            progress["bad"] = bad_now + (progress["bad"] if int(epoch) == int(step * B / len(data)) else 0)
-            if progress["bad"] > 0.01 * len(data):
-                everyone = [None] * place.world
-                dist.all_gather_object(everyone, list(bad_files)) if place.world > 1 else everyone.__setitem__(0, list(bad_files))
-                save(step + 1)
-                raise Failure(f"{int(progress['bad'])} of {len(data)} images could not be read in this epoch, more than 1%: "
-                              "remove or mend " + ", ".join(path for paths in everyone for path in paths))
+            before, progress["bad"] = progress["bad"], 0
             progress["sum"], progress["count"], timed = progress["sum"] + loss, progress["count"] + 1, timed + 1
-            if (step + 1) % c["log_every"] == 0 or step + 1 == c["total_steps"]:
+            if (step + 1) % c["log_every"] == 0 or step + 1 == total:
                 now = time.perf_counter()
-                speed, wait = timed * B / (now - since), waited / (now - since)
-                if main:
-                    log(step=step + 1, epoch=round(epoch, 4), loss=progress["sum"] / progress["count"], lr=lr,
-                        images_per_s=round(speed, 1), data_wait=round(wait, 4))
+                speed = timed * B / (now - since)
+                log(step=step + 1, epoch=round((step + 1) * B / len(data), 4), loss=progress["sum"] / progress["count"], lr=lr,
+                    images_per_s=round(speed, 1), data_wait=round(waited / (now - since), 4))
                 progress.update(sum=0.0, count=0)
                 since, waited, timed = now, 0.0, 0
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
-            leaving = told and step + 1 < c["total_steps"]
-            if leaving or (step + 1) % c["save_every"] == 0 or step + 1 == c["total_steps"]:
-                save(step + 1)
+            state = (c, place, data, model, optimizer, scaler, progress)
+            try:
+                progress["bad"] = bad_files.check(step, bad, before, place)
+            except Failure:
+                save(step + 1, *state)                          # the mended folder can go on from here
+                raise
+            leaving = told and step + 1 < total
+            if leaving or (step + 1) % c["save_every"] == 0 or step + 1 == total:
+                save(step + 1, *state)
             if leaving:
                 break
-    if place.world > 1:
-        dist.barrier()                                          # nobody leaves while rank 0 is still writing
     return 128 + (signals.received or signal.SIGTERM) if leaving else 0
 
 
@@ -711,7 +772,8 @@ def run(args):
         model = models.encoder_decoder(c["model"], c["img_size"], c["patch_size"], data.channels, c["decoder"])
         if c["weights"] != "none":
             report = models.load_weights(model, c["weights"])
-            print(report) if main else None
+            if main:
+                print(report)
     except ValueError as error:
         raise BadRequest(str(error))
     model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))         # DDP waits for gradients that never come
@@ -732,26 +794,32 @@ def run(args):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, progress = state["step"], state["progress"]
-    elif not c["resume"] and os.path.exists(last):
+    if os.path.exists(last) and not (path and os.path.abspath(path) == os.path.abspath(last)):
         raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
-    if place.world > 1:
-        dist.barrier()                                          # all have looked before rank 0 writes
+    if agree([start], place)[0] != start * place.world:         # all have looked before rank 0 writes
+        raise BadRequest(f"the processes do not see the same checkpoint in {c['out']}: --out must be one folder for all machines")
+    source, trouble = provenance(), ""
     if main:
         try:
             os.makedirs(c["out"], exist_ok=True)
-            write_json(os.path.join(c["out"], "config.json"), {**c, **provenance()})
+            write_json(os.path.join(c["out"], "config.json"), {**c, **source})
         except OSError as error:
-            raise BadRequest(f"--out {c['out']} cannot be written to: {error}")
+            trouble = f"--out {c['out']} cannot be written to: {error}"
+    if agree([float(bool(trouble))], place)[0]:
+        raise BadRequest(trouble)
+    if main:
         print(f"{c['task']}: {c['model']} on {c['data']}, {len(data):,} images, view {c['view'][0]}x{c['view'][1]} -> input "
               f"{c['img_size'][0]}x{c['img_size'][1]}, " + ", ".join(f"{k} {v}" for k, v in c["settings"].items() if v is not None))
         print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
-        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, "
+        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, seed {c['seed']}, commit {source['commit'] or 'none'}, "
               f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
     code = train(c, place, data, model, optimizer, scaler, start, progress)
-    if main:
-        print(f"stopped by signal {code - 128}, saved: --resume goes on" if code else summary(c["out"]))
+    if main and code:
+        print(f"stopped by signal {code - 128}, saved: --resume goes on")
+    elif main:
+        print(summary(c["out"]))
     return code
 
 
@@ -759,22 +827,20 @@ def summary(folder):
     """The loss over the run, in ten numbers, and where things are."""
     with open(os.path.join(folder, "log.jsonl")) as file:
         curve = [json.loads(line)["loss"] for line in file]
-    tenths = [np.mean(part) for part in np.array_split(curve, min(10, len(curve)))]
-    newest = sorted(name for name in os.listdir(folder) if name.startswith("recovered_"))[-1]
-    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {folder}/checkpoint.pt, log.jsonl, config.json, {newest}"
+    tenths = [np.mean(part) for part in np.array_split(curve, min(10, len(curve)))] if curve else []
+    pictures = sorted(name for name in os.listdir(folder) if name.startswith("recovered_"))[-1:]
+    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {', '.join([folder + '/checkpoint.pt', 'log.jsonl', 'config.json', *pictures])}"
 
 
 def command(run, options, argv=None):
     """What every script does around its work: options in, exit code out, one line for what went wrong."""
-    first = os.environ.get("RANK", "0") == "0"
+    name, first = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         code = run(options().parse_args(argv))
-    except BadRequest as error:
-        code = 2
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr) if first else None
-    except Failure as error:
-        code = 1
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr) if first else None
+    except (BadRequest, Failure) as error:
+        code = 2 if isinstance(error, BadRequest) else 1
+        if str(error) and (first or code == 1):                 # a request is wrong for all alike: say it once a machine
+            print(f"{name}: {error}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

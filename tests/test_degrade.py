@@ -93,8 +93,9 @@ def test_zoom_in_default_is_160_of_224_and_random_centres_differ():
     same = x[:1].expand(3, -1, -1, -1)
     a = D.zoom_in(same, zoom_size=100, zoom_at="random", generator=seed())
     assert not torch.equal(a[0], a[1])
-    with pytest.raises(ValueError, match="larger"):
-        D.zoom_in(x, zoom_size=225)
+    for wrong in (225, 0, "rand"):
+        with pytest.raises(ValueError, match=f"zoom size {wrong}"):
+            D.zoom_in(x, zoom_size=wrong)
 
 
 # (b) ---------------------------------------------------------------------------------------------------
@@ -233,6 +234,7 @@ def test_zoom_in_mask_is_a2s_geometry():
     x = torch.rand(2, 3, 320, 320, generator=seed())
     d = D.degrade(x, "zoom_in_mask", 224, 16, seed())
     assert torch.equal(d.inputs, x[:, :, 48:272, 48:272]) and torch.equal(d.target, x)
+    assert "zoom_size" not in D.task_settings("zoom_in_mask")      # the centre is as it is, or its patches would mean others
     assert d.hidden.sum(1).tolist() == [147, 147] and torch.equal(d.counted, d.hidden)
 
 
@@ -279,7 +281,8 @@ def test_every_setting_of_table_2_and_a3(task, settings):
 
 @pytest.mark.parametrize("call, says", [
     (lambda x: D.degrade(x, "sharpen"), "unknown task 'sharpen'"), (lambda x: D.degrade(x, "mask", saturation=1), "no setting 'saturation'"),
-    (lambda x: D.view_size("zoom_in", 32, 16), "smaller than the input")])
+    (lambda x: D.view_size("zoom_in", 32, 16), "view size 16"), (lambda x: D.view_size("zoom_in", 32, 33), "view size 33"),
+    (lambda x: D.degrade(x, "mask", patch_size=8, mask_kind="center", mask_ratio=0.05), "hides none")])
 def test_what_degrade_refuses(call, says):
     with pytest.raises(ValueError, match=says):
         call(torch.zeros(2, 3, 32, 32))
@@ -291,8 +294,9 @@ def test_the_demo_writes_one_picture_with_every_task(tmp_path, capsys):
     Image.open(tmp_path / "a.png").resize((300, 200)).save(tmp_path / "photo.jpg")
     D.main([str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "b.png"), "--size", "64"])
     said = capsys.readouterr().out
-    assert Image.open(tmp_path / "b.png").width == 7 * 68 + 4 and all(task in said for task in D.TASKS)
+    assert Image.open(tmp_path / "b.png").width == len(D.TASKS) * 68 + 4 and all(task in said for task in D.TASKS)
     (tmp_path / "bad.jpg").write_text("no picture")
-    with pytest.raises(SystemExit) as stop:
-        D.main([str(tmp_path / "bad.jpg")])
-    assert stop.value.code == 2
+    for wrong in ([str(tmp_path / "bad.jpg")], ["--size", "100"], ["--size", "0"], ["--out", str(tmp_path / "nowhere/x.png")]):
+        with pytest.raises(SystemExit) as stop:
+            D.main(wrong)
+        assert stop.value.code == 2

@@ -104,7 +104,7 @@ def test_features_in_eval_are_deterministic():
     assert torch.equal(model.encode(x), model.encode(x))
 
 
-def test_both_attention_kernels_agree():
+def test_attention_written_out_equals_torchs_kernel():
     q, k, v = torch.randn(3, 2, 2, 7, 64, generator=torch.Generator().manual_seed(0))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert torch.allclose(M.attend(q, k, v), want, atol=1e-5)
@@ -148,9 +148,10 @@ def test_a_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
     torch.save({"model": Payload()}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="could run code"):
         M.read_weights(tmp_path / "bad.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="damaged or of another kind"):
-        M.read_weights(tmp_path / "text.pt")
+    for text in ("hello", "# a title", "\x89PNG"):
+        (tmp_path / "text.pt").write_text(text)
+        with pytest.raises(ValueError, match="damaged or of another kind"):
+            M.read_weights(tmp_path / "text.pt")
     torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "mae.pth")
     assert M.read_weights(tmp_path / "mae.pth")["args"].lr == 1
     assert not (tmp_path / "executed").exists()
@@ -170,3 +171,11 @@ def test_the_command_prints_every_model_and_exports(capsys, tmp_path):
     torch.save(dict(model=small().state_dict(), step=1), tmp_path / "checkpoint.pt")
     M.main(["--export", str(tmp_path / "checkpoint.pt"), str(tmp_path / "vit.pth")])
     M.ViT(32, 8, 32, 2, 2).load_state_dict(torch.load(tmp_path / "vit.pth", weights_only=True), strict=True)
+    with pytest.raises(SystemExit) as stop:
+        M.main(["--export", str(tmp_path / "nowhere.pt"), "x"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_decoder_of_another_shape_names_the_option():
+    with pytest.raises(ValueError, match="--decoder"):
+        M.load_weights(small(), small(decoder_dim=32).state_dict())
