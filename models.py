@@ -51,13 +51,16 @@ def sincos_positions(dim, grid):
     return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)                # (1, 1 + N, dim)
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), by the kernel that is fastest on the device.
-
-    On a GPU torch's fused kernel. On a CPU the product written out: 3 to 8 times faster than the fused kernel, from
-    17 to 197 tokens and batches of 8 to 256 (python tests/bench.py attention).
+def fused_attention(device):
+    """Whether torch's fused attention is the faster kernel: on a GPU. On a CPU the product written out is, 3 to 8
+    times, from 17 to 197 tokens and batches of 8 to 256 (python tests/bench.py attention).
     """
-    if q.device.type != "cpu":
+    return device.type != "cpu"
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), by the kernel that is fastest on the device."""
+    if fused_attention(q.device):
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
 

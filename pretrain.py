@@ -342,16 +342,22 @@ def _worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_data(config, device):
+def load_data(config, place):
     """--data as a set with .channels, len(), .batches(...) and .picture_views(...). BadRequest when there is none."""
-    name = config["data"]
+    name, device = config["data"], place.device
     if name == "shapes":
         made = shapes(30000, seed=0)
         return MemorySet(made.images, made.labels, device, shown=shapes(20, seed=1).images)
     if name in TORCHVISION:
         kind, split = getattr(torchvision.datasets, TORCHVISION[name]), {"split": "train+unlabeled"} if name == "stl10" else {}
+        wait = dist.barrier if place.world > 1 and config["download"] else lambda: None
+        first = place.rank % place.here == 0                    # one process a machine fetches, the others wait for it
         try:
+            if not first:
+                wait()
             made = kind(config["root"], download=config["download"], **split)
+            if first:
+                wait()
         except (RuntimeError, OSError) as error:
             raise BadRequest(f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): "
                              "add --download, or --root with the folder that holds it")
@@ -765,7 +771,7 @@ def run(args):
     """One pre-training run, from the command line's options. Returns the exit code."""
     place = set_up(args.device)
     main = place.rank == 0
-    data = load_data(dict(vars(args)), place.device)
+    data = load_data(vars(args), place)
     c = resolve(args, place, len(data), data.channels)
     torch.manual_seed(c["seed"])
     try:
@@ -813,7 +819,7 @@ def run(args):
         print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
-        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, seed {c['seed']}, commit {source['commit'] or 'none'}, "
+        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, attention {'fused' if models.fused_attention(place.device) else 'written out'}, seed {c['seed']}, commit {source['commit'] or 'none'}, "
               f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
     code = train(c, place, data, model, optimizer, scaler, start, progress)
     if main and code:

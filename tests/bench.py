@@ -149,7 +149,7 @@ def input_pipeline():
         for _ in range(6):
             a += clock(lambda: [ours[0, i] for i in range(200)], 1, 0)
             b += clock(lambda: [usual[i] for i in range(200)], 1, 0)
-        report("input: files to views, one worker", [200 / s for s in a[1:]], "images/s", f"JPEG, 500x375, {size / 1e3:.0f} kB")
+        report("input: files to views, one thread", [200 / s for s in a[1:]], "images/s", f"JPEG, 500x375, {size / 1e3:.0f} kB")
         report("input: the usual pipeline", [200 / s for s in b[1:]], "images/s")
         report("input: ours / usual", [y / x for x, y in zip(a[1:], b[1:])], "x")
     torch.set_num_threads(threads)

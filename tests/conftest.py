@@ -19,6 +19,7 @@ TINY = ("--model vit_micro --img_size 16 --patch_size 4 --batch_size 8 --workers
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities")
     config.addinivalue_line("markers", "slow: minutes long, left out of the README's test command")
 
 

@@ -112,8 +112,8 @@ def test_a_train_folder_is_used_and_flat_folders_work(tmp_path, folder):
     (tmp_path / "train").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    assert len(P.load_data(dict(data=str(tmp_path)), torch.device("cpu"))) == 1
-    assert len(P.load_data(dict(data=str(folder)), torch.device("cpu"))) == 24
+    assert len(P.load_data(dict(data=str(tmp_path)), P.Place(0, 1, torch.device("cpu")))) == 1
+    assert len(P.load_data(dict(data=str(folder)), P.Place(0, 1, torch.device("cpu")))) == 24
 
 
 def test_torchvision_sets_by_name(tmp_path, run):
