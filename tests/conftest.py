@@ -77,3 +77,9 @@ def losses_of(out):
 
 def weights_of(out):
     return torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["model"]
+
+
+def gradients_of(out):
+    """AdamW's running mean of the gradients, (parameters,): unlike the weights it shows a gradient's scale."""
+    state = torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["optimizer"]["state"]
+    return torch.cat([s["exp_avg"].flatten() for s in state.values()])
