@@ -170,6 +170,8 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     """
     whole = tuple(images.shape[2:])
     size = pair(size or whole)
+    if size[0] > whole[0] or size[1] > whole[1]:
+        raise ValueError(f"a {whole[0]}x{whole[1]} view is smaller than the {size[0]}x{size[1]} asked for")
     if zoom_size is not None and (zoom_size == "rand" or not 1 <= zoom_size <= whole[0]):
         raise ValueError(f"zoom size {zoom_size} is not one of 1 .. {whole[0]}, the height of the view")
     if zoom_size is not None:
@@ -200,12 +202,14 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, part=No
     is stretched to the canvas (A.3 does not say how 160 px become 14 x 14 tokens: this is our reading).
     """
     B, _, H, W = images.shape
-    u = draw(B, 3, generator=generator, part=part)
-    table = torch.tensor([96.0, 128.0, 160.0, 192.0]) * H / 224
-    height = table[(u[:, 0] * 4).long()] if zoom_size == "rand" else torch.full((B,), float(H * 160 / 224 if zoom_size is None else zoom_size))
-    height, width = height.round(), (height.round() * W / H).round()
     if zoom_size not in (None, "rand") and not 1 <= zoom_size <= H:
         raise ValueError(f"zoom size {zoom_size} is outside 1 .. {H}, the height of the canvas")
+    u = draw(B, 3, generator=generator, part=part)
+    if zoom_size == "rand":
+        height = (torch.tensor([96.0, 128.0, 160.0, 192.0]) * H / 224)[(u[:, 0] * 4).long()].round()
+    else:
+        height = torch.full((B,), H * 160 / 224 if zoom_size is None else float(zoom_size)).round()
+    width = (height * W / H).round().clamp(min=1)
     if zoom_fill == "none":
         out = torch.empty_like(images)
         for h in height.unique().tolist():
@@ -385,6 +389,8 @@ def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **s
         raise ValueError(f"task {task} has no setting '{unknown[0]}': it takes {', '.join(values)}")
     values.update((k, v) for k, v in settings.items() if v is not None)
     size = pair(size or tuple(view.shape[2:]))
+    if any(v < s for v, s in zip(view.shape[2:], size)):
+        raise ValueError(f"a {view.shape[2]}x{view.shape[3]} view is smaller than the input's {size[0]}x{size[1]}")
 
     if any(side < patch_size or side % patch_size for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not divisible by the patch size {patch_size}: choose multiples of it")

@@ -222,7 +222,7 @@ def encoder_decoder(name, img_size=224, patch_size=16, channels=3, decoder=None)
     (dim, depth, heads), default = MODELS[name]
     try:
         decoder_depth, decoder_dim, decoder_heads = map(int, decoder.split("x")) if decoder else default
-        if decoder_depth < 0 or decoder_heads < 1 or decoder_dim % (4 * decoder_heads):
+        if decoder_depth < 0 or min(decoder_heads, decoder_dim) < 1 or decoder_dim % (4 * decoder_heads):
             raise ValueError
     except ValueError:
         raise ValueError(f"decoder '{decoder}' is not DEPTHxWIDTHxHEADS with a width divisible by 4 x heads: try 4x384x6")

@@ -56,12 +56,15 @@ RECIPES = {
                    batch_size=256, micro=256, lr=1.5e-3, crop=[0.5, 1.0]),
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
-SAME_RUN = ("task", "settings", "model", "data", "img_size", "patch_size", "decoder", "total_steps", "warmup_steps",
+SAME_RUN = ("task", "settings", "model", "data", "images", "img_size", "patch_size", "decoder", "total_steps", "warmup_steps",
             "batch_size", "lr", "weight_decay", "crop", "seed", "norm_target", "band_weight")
 
 
 class BadRequest(Exception):
-    """What the user asked for cannot be done. One line: the value, why, and what would do. Exit code 2."""
+    """What the user asked for cannot be done. One line: the value, why, and what would do. Exit code 2.
+
+    Empty, here and in Failure: this process stops because another one said why.
+    """
 
 
 class Failure(Exception):
@@ -92,11 +95,8 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:                    # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise OSError(f"could not write {path}: {error}".splitlines()[0]) from error
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+        why = error if isinstance(error, OSError) else "the disk may be full"
+        raise OSError(f"could not write {path}: {why}") from error
 
 
 def load_checkpoint(path):
@@ -107,7 +107,7 @@ def load_checkpoint(path):
         state = models.read_weights(path)
     except ValueError as error:
         raise BadRequest(str(error))
-    missing = [k for k in ("model", "optimizer", "scaler", "step", "config") if k not in state]
+    missing = [k for k in ("model", "optimizer", "scaler", "step", "config", "progress") if k not in state]
     if missing:
         raise BadRequest(f"{path} is not a run's checkpoint (no '{missing[0]}' in it): "
                          "--resume takes a checkpoint.pt written by this script, --weights takes plain weights")
@@ -333,8 +333,9 @@ class FolderSet(torch.utils.data.Dataset):
 
 
 def _stack(items):
-    views = [view for view, _ in items]
-    return None if any(v is None for v in views) else torch.stack(views), [bad for _, bad in items if bad]
+    views, bad = [view for view, _ in items], [bad for _, bad in items if bad]
+    batch = None if any(v is None for v in views) else torch.stack(views)
+    return batch, bad
 
 
 def _worker(_):
@@ -350,17 +351,16 @@ def load_data(config, place):
         return MemorySet(made.images, made.labels, device, shown=shapes(20, seed=1).images)
     if name in TORCHVISION:
         kind, split = getattr(torchvision.datasets, TORCHVISION[name]), {"split": "train+unlabeled"} if name == "stl10" else {}
-        wait = dist.barrier if place.world > 1 and config["download"] else lambda: None
-        first = place.rank % place.here == 0                    # one process a machine fetches, the others wait for it
-        try:
-            if not first:
-                wait()
-            made = kind(config["root"], download=config["download"], **split)
-            if first:
-                wait()
-        except (RuntimeError, OSError) as error:
-            raise BadRequest(f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): "
-                             "add --download, or --root with the folder that holds it")
+        trouble = ""
+        for turn in (0, 1):                                     # rank 0 fetches, then the others look
+            if (place.rank > 0) == turn:
+                try:
+                    made = kind(config["root"], download=config["download"] and not turn, **split)
+                except (RuntimeError, OSError) as error:
+                    trouble = f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): add --download, or --root with the folder " \
+                              "that holds it, for all machines"
+            if agree([float(bool(trouble))], place)[0]:
+                raise BadRequest(trouble)
         images = torch.as_tensor(made.data)
         images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
         return MemorySet(images.contiguous(), None, device)
@@ -375,11 +375,11 @@ def load_data(config, place):
 # ---------------------------------------------------------------------------------------------------
 
 class Place(NamedTuple):
-    """Where this process stands: rank of world, its device, and how many processes this machine has."""
+    """Where this process stands: rank of world, its device, and how many processes its machine has."""
     rank: int
     world: int
     device: torch.device
-    here: int = 1
+    per_node: int = 1
 
 
 def set_up(device="auto"):
@@ -391,13 +391,13 @@ def set_up(device="auto"):
     if device == "cuda":
         if not torch.cuda.is_available():
             raise BadRequest("--device cuda: torch sees no CUDA device here, choose --device cpu")
-        if local >= torch.cuda.device_count():
+        if per_node > torch.cuda.device_count():
             raise BadRequest(f"{per_node} processes on a machine with {torch.cuda.device_count()} GPUs: "
                              "lower --nproc_per_node, or --device cpu")
         torch.cuda.set_device(local)                            # CUDA only: one GPU a process
         device = f"cuda:{local}"
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise BadRequest("--device mps: torch sees no Metal device here, choose --device cpu")
+    if device == "mps" and (world > 1 or not torch.backends.mps.is_available()):
+        raise BadRequest(f"--device mps: torch sees no Metal device here, or {world} processes are too many for it, choose --device cpu")
     torch.set_num_threads(max(1, cores() // per_node))
     with contextlib.suppress(OSError, AttributeError):          # CPU, glibc: keep freed memory. Asking the system for it
         libc = ctypes.CDLL("libc.so.6")                         # again at every operation costs a tenth of a step and more
@@ -420,8 +420,8 @@ def precision(amp, device):
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if device.type == "cpu" and any(fast) else "off"
+    fast = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if device.type == "cpu" and fast else "off"
 
 
 def learning_rate(step, total, warmup, peak):
@@ -468,18 +468,18 @@ class Log:
     """log.jsonl: a JSON object a line. Going on from `step` drops the lines after it, so each step stands once."""
 
     def __init__(self, path, step):
-        if os.path.exists(path):
+        if os.path.isfile(path):
             with open(path) as file:
                 whole = [line for line in file if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             write_whole(path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(path, "a", buffering=1)
+        self.file, self.trouble = open(path, "a", buffering=1), ""
 
     def __call__(self, **line):
         try:
             self.file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise Failure(f"could not write {self.file.name}: {error}. The last checkpoint is intact: make room, then --resume")
+        except OSError as error:                                # said to all processes by the next save
+            self.trouble = f"could not write {self.file.name}: {error}. Make room, then --resume"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -514,7 +514,7 @@ def common_options(p):
     o("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; default: what the device is fast at")
     o("--workers", type=int, help="loader processes for a folder; default: 1 on a CPU, up to 8 with a GPU")
     o("--compile", action="store_true", help="torch.compile the model")
-    o("--out", metavar="DIR", help="the run's folder; default: runs/TASK-MODEL-DATA")
+    o("--out", metavar="DIR", help="the run's folder; default: that of --resume PATH, or runs/TASK-MODEL-DATA")
     o("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint; without a path from the one in --out, if it is there")
     o("--save_every", type=int, metavar="STEPS", help="steps between checkpoints and pictures; default: a twentieth of the run, at least 50")
     o("--log_every", type=int, default=20, metavar="STEPS", help="steps between lines of log.jsonl; default: 20")
@@ -558,12 +558,17 @@ def resolve(args, place, length, channels):
     if len(c["img_size"]) > 2:
         raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
     size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
+    if min(size) < 1:
+        raise BadRequest(f"--img_size {size[0]}x{size[1]} must be more than 0")
+    c["decoder"] = c["decoder"] or "x".join(map(str, models.MODELS[c["model"]][1]))
+    c["data"] = os.path.normpath(c["data"]) if os.path.isdir(c["data"]) else c["data"]
     taken = degrade.task_settings(c["task"])
     given = {k: c.pop(k) for k in settings()}
     stray = [k for k, v in given.items() if v is not None and k not in taken]
     if stray:
         raise BadRequest(f"--{stray[0]} does nothing in task {c['task']}: it takes {', '.join('--' + k for k in taken)}")
-    c["settings"] = {k: given[k] if given.get(k) is not None else v for k, v in taken.items()}
+    chosen = {k: v if given[k] is None else given[k] for k, v in taken.items()}
+    c["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
     positive = ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every")
     for name in positive:
         if c[name] is not None and not 0 < c[name] < math.inf:
@@ -592,7 +597,7 @@ def resolve(args, place, length, channels):
     c["warmup"] = c["warmup_steps"] * B / length
     c["save_every"] = c["save_every"] or max(50, c["total_steps"] // 20)
     if c["workers"] is None:
-        c["workers"] = max(1, min(8, cores() // place.here)) if place.device.type == "cuda" else 1
+        c["workers"] = max(1, min(8, cores() // place.per_node)) if place.device.type == "cuda" else 1
     if c["out"] is None and c["resume"] not in (None, "auto"):
         c["out"] = os.path.dirname(os.path.abspath(c["resume"]))
     c["out"] = c["out"] or os.path.join("runs", f"{c['task']}-{c['model']}-{os.path.basename(os.path.normpath(c['data']))}")
@@ -647,28 +652,28 @@ def draw_picture(model, data, c, device):
 
 
 def save(step, c, place, data, model, optimizer, scaler, progress):
-    """checkpoint.pt and a picture, by rank 0. Failure, on every rank, if the model's own prediction is not finite
-    any more (the checkpoint before is kept) or the disk does not take it.
+    """checkpoint.pt and a picture, by rank 0 -> what went wrong, or "". A model whose own prediction is not finite
+    any more is not saved: the checkpoint before is worth more.
     """
-    trouble = ""
-    if place.rank == 0:
+    if place.rank > 0:
+        return ""
+    try:
         picture = draw_picture(model, data, c, place.device)
+        if picture is None:
+            return "the model's prediction is not finite. Lower --lr or lengthen --warmup"
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                      step=step, config=c, progress=progress)
-        try:
-            if picture is None:
-                trouble = "the model's prediction is not finite. Lower --lr or lengthen --warmup"
-            else:
-                write_whole(os.path.join(c["out"], "checkpoint.pt"), lambda file: torch.save(state, file))
-                write_whole(os.path.join(c["out"], f"recovered_{step:07d}.png"), lambda file: picture.save(file, format="PNG"))
-        except OSError as error:
-            trouble = f"{error}. Make room, then --resume"
-    if agree([float(bool(trouble))], place)[0]:
-        raise Failure(trouble and f"step {step}: {trouble}; the previous checkpoint is intact")
+        write_whole(os.path.join(c["out"], f"recovered_{step:07d}.png"), lambda file: picture.save(file, format="PNG"))
+        write_whole(os.path.join(c["out"], "checkpoint.pt"), lambda file: torch.save(state, file))
+    except OSError as error:
+        return f"{error}. Make room, then --resume"
+    except Failure as error:
+        return str(error)
+    return ""
 
 
 class BadFiles:
-    """The images that could not be read: each named once, and counted by epoch over all processes."""
+    """The images that could not be read: named once by each process, and counted by epoch over all processes."""
 
     def __init__(self, images, batch):
         self.images, self.batch, self.why = images, batch, {}
@@ -680,19 +685,18 @@ class BadFiles:
                 tqdm.write(f"skipped {why}", file=sys.stderr)
         return len(bad)
 
-    def check(self, step, now, before, place):
-        """The epoch's count after this step's `now`. Failure, with the list, above 1% of an epoch."""
+    def count(self, step, now, before):
+        """How many reads failed in the epoch so far: `now` in this step, `before` until it; and if that is over 1%."""
         same_epoch = step * self.batch // self.images == (step - 1) * self.batch // self.images
-        count = now + (before if same_epoch else 0)
-        if count <= 0.01 * max(self.images, self.batch):
-            return count
-        lists = [list(self.why)]
+        count = int(now + (before if same_epoch else 0))
+        return count, count > 0.01 * max(self.images, self.batch)
+
+    def listed(self, place):
+        """The files of all processes. Every process calls it."""
+        lists = [list(self.why)] * place.world
         if place.world > 1:
-            lists = [None] * place.world
             dist.all_gather_object(lists, list(self.why))
-        names = sorted({path for paths in lists for path in paths})
-        raise Failure(f"{int(count)} of {self.images} images could not be read in this epoch, more than 1%: mend or remove "
-                      + ", ".join(names) + "; then --resume" if place.rank == 0 else "")
+        return ", ".join(sorted({path for paths in lists for path in paths}))
 
 
 def train(c, place, data, model, optimizer, scaler, start, progress):
@@ -708,7 +712,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
     k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
     views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device, workers=c["workers"])
-    log = Log(os.path.join(c["out"], "log.jsonl"), start) if place.rank == 0 else lambda **line: None
+    log = Log(os.path.join(c["out"], "log.jsonl") if place.rank == 0 else os.devnull, start)
     signals, bad_files, leaving = Signals(), BadFiles(len(data), B), False
     since, waited, timed, speed = time.perf_counter(), 0.0, 0, 0.0
     bar = tqdm(total=total, initial=start, unit="step", disable=place.rank > 0, mininterval=1, dynamic_ncols=True)
@@ -736,13 +740,13 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
 
             loss, told, bad = agree([float(loss) / place.world, signals.received, bad], place)
             if not math.isfinite(loss):
-                raise Failure(f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved since the last "
-                              "checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
+                raise Failure("" if place.rank else f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved "
+                              "since the last checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            before, progress["bad"] = progress["bad"], 0
+            progress["bad"], too_many = bad_files.count(step, bad, progress["bad"])
             progress["sum"], progress["count"], timed = progress["sum"] + loss, progress["count"] + 1, timed + 1
             if (step + 1) % c["log_every"] == 0 or step + 1 == total:
                 now = time.perf_counter()
@@ -753,15 +757,16 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
                 since, waited, timed = now, 0.0, 0
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
-            state = (c, place, data, model, optimizer, scaler, progress)
-            try:
-                progress["bad"] = bad_files.check(step, bad, before, place)
-            except Failure:
-                save(step + 1, *state)                          # the mended folder can go on from here
-                raise
             leaving = told and step + 1 < total
-            if leaving or (step + 1) % c["save_every"] == 0 or step + 1 == total:
-                save(step + 1, *state)
+            if leaving or too_many or (step + 1) % c["save_every"] == 0 or step + 1 == total:
+                count, progress["bad"] = progress["bad"], 0 if too_many else progress["bad"]       # mended files start anew
+                trouble = log.trouble or save(step + 1, c, place, data, model, optimizer, scaler, progress)
+                if agree([float(bool(trouble))], place)[0]:
+                    raise Failure(trouble and f"step {step + 1}: {trouble}; the last checkpoint is intact")
+            if too_many:
+                files = bad_files.listed(place)
+                raise Failure("" if place.rank else f"{count} reads of {len(data)} images failed in this epoch, more than 1%: "
+                              f"mend or replace {files}; then --resume")
             if leaving:
                 break
     return 128 + (signals.received or signal.SIGTERM) if leaving else 0
@@ -789,26 +794,30 @@ def run(args):
     start, progress = 0, dict(sum=0.0, count=0, bad=0)
 
     last = os.path.join(c["out"], "checkpoint.pt")
-    path = last if c["resume"] == "auto" else c["resume"]
-    if path and (c["resume"] != "auto" or os.path.exists(path)):
-        state = load_checkpoint(path)
+    path, there = c["resume"], os.path.exists(last)
+    if agree([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
+        raise BadRequest(f"the processes do not see the same {c['out']}: --out must be one folder for all machines")
+    if path == "auto":
+        path = last if there else None
+    state = load_checkpoint(path) if path else None
+    if there and not (path and os.path.abspath(path) == os.path.abspath(last)):
+        raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
+    if state:
         for name in SAME_RUN:
             if state["config"].get(name) != c[name]:
                 raise BadRequest(f"{path} was made with {name} {state['config'].get(name)}, this command asks for {c[name]}: "
                                  "give the same, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and scaler.is_enabled():             # --amp may change on the way
+            scaler.load_state_dict(state["scaler"])
         start, progress = state["step"], state["progress"]
-    if os.path.exists(last) and not (path and os.path.abspath(path) == os.path.abspath(last)):
-        raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
-    if agree([start], place)[0] != start * place.world:         # all have looked before rank 0 writes
-        raise BadRequest(f"the processes do not see the same checkpoint in {c['out']}: --out must be one folder for all machines")
     source, trouble = provenance(), ""
     if main:
         try:
             os.makedirs(c["out"], exist_ok=True)
-            write_json(os.path.join(c["out"], "config.json"), {**c, **source})
+            write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(json.dumps({**c, **source}, indent=1).encode()))
+            Log(os.path.join(c["out"], "log.jsonl"), start)
         except OSError as error:
             trouble = f"--out {c['out']} cannot be written to: {error}"
     if agree([float(bool(trouble))], place)[0]:
@@ -819,7 +828,9 @@ def run(args):
         print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
-        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, attention {'fused' if models.fused_attention(place.device) else 'written out'}, seed {c['seed']}, commit {source['commit'] or 'none'}, "
+        attention = "fused" if models.fused_attention(place.device) else "written out"
+        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, attention {attention}, "
+              f"seed {c['seed']}, commit {source['commit'] or 'none'}, "
               f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
     code = train(c, place, data, model, optimizer, scaler, start, progress)
     if main and code:

@@ -282,6 +282,7 @@ def test_every_setting_of_table_2_and_a3(task, settings):
 @pytest.mark.parametrize("call, says", [
     (lambda x: D.degrade(x, "sharpen"), "unknown task 'sharpen'"), (lambda x: D.degrade(x, "mask", saturation=1), "no setting 'saturation'"),
     (lambda x: D.view_size("zoom_in", 32, 16), "view size 16"), (lambda x: D.view_size("zoom_in", 32, 33), "view size 33"),
+    (lambda x: D.degrade(x, "zoom_in", 64, 8), "smaller than"), (lambda x: D.zoom_in(x, (64, 64)), "smaller than"),
     (lambda x: D.degrade(x, "mask", patch_size=8, mask_kind="center", mask_ratio=0.05), "hides none")])
 def test_what_degrade_refuses(call, says):
     with pytest.raises(ValueError, match=says):
