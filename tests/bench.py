@@ -84,7 +84,7 @@ def step():
     """A training step against the peak, measured in turn so that a slow minute hits both alike."""
     dtype = torch.bfloat16 if amp == "bf16" else torch.float32
     report("peak float32, GFLOP/s", peak(torch.float32), "GFLOP/s")
-    for label, name, size, patch, batch, repeat in (("ViT-B/16 at 224, batch 32", "vit_base", 224, 16, 32, 7),
+    for label, name, size, patch, batch, repeat in (("ViT-B/16 at 224, batch 32", "vit_base", 224, 16, 32, 15),
                                                     ("default small model, batch 256", "vit_micro", 32, 4, 256, 30)):
         (mask, flop), (zoom, _) = (make_step(name, task, size, patch, batch) for task in ("mask", "zoom_in_mask"))
         seconds, slower, shares, peaks = [], [], [], []
