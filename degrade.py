@@ -1,4 +1,5 @@
-"""Images in, damaged images out: the degradations of *Beyond Masking* (BM, arXiv 2203.14313), sections 3.2, 4.1, A.
+"""Images in, damaged images out: the degradations of *Beyond Masking* (BM, arXiv 2203.14313), sections 3.2, 4.1, A,
+and the filled masks of *Architecture-Agnostic Masked Image Modeling* (A2, arXiv 2205.13943), section 4.
 
 A task is one function (what happens to the picture) and one row of TASKS (its defaults; which patches are hidden;
 how large the view is). `degrade` puts the two together. Everything works on a batch, on any device.
@@ -95,6 +96,31 @@ def center_mask(batch, grid, ratio, unit=1, generator=None, device=None, part=No
 
 
 MASKS = {"random": random_mask, "block": block_mask, "center": center_mask}
+
+
+def patch_pixels(patches, p, grid):
+    """(B, N) bool of patches -> (B, 1, H, W) bool of pixels."""
+    return patches.view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
+
+
+# What the models' normalisation takes to zero: the mean colour of ImageNet. Other than three channels: 0.45 each.
+ZERO = (0.485, 0.456, 0.406)
+FILLS = ("mean", "zero", "token")
+
+
+def fill_hidden(images, hidden, p, fill="mean"):
+    """Hidden patches (B, N) filled with one colour, the visible pixels untouched: (B, C, H, W). A2 section 4.
+
+    "mean": the image's own mean over all its pixels, visible and hidden, each channel alone. "zero": what is zero
+    after normalisation. "token": the same; the model then puts its mask token there.
+    # differs from the authors' code: one of its two paths fills the visible patches and keeps the hidden ones.
+    """
+    if fill not in FILLS:
+        raise ValueError(f"unknown fill '{fill}': choose one of {', '.join(FILLS)}")
+    C = images.shape[1]
+    zero = torch.tensor(ZERO if C == 3 else [0.45] * C, device=images.device).view(1, C, 1, 1)
+    color = images.mean((2, 3), keepdim=True) if fill == "mean" else zero
+    return torch.where(patch_pixels(hidden, p, [side // p for side in images.shape[2:]]), color, images)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -309,13 +335,23 @@ class Task(NamedTuple):
 
     view: V / S, how much larger the view is than the input. target: "view" (brought to S), its "center" (S x S)
     or the "whole" of it at V (the loss then has a centre and a band term). compare: "hidden" patches or "all".
+    The rest are the defaults of what the model and the loss make of it: what fills the hidden patches (None: nothing,
+    the encoder drops them), where the mask token enters, the distance, the target's normalisation, the weight of the
+    frequency loss, and whose training recipe it is.
     """
     picture: Callable
     about: str
     mask_ratio: float = 0.0
+    mask_unit: int = 1
     view: float = 1.0
     target: str = "view"
     compare: str = "all"
+    fill: str | None = None
+    token_at: str = "decoder"
+    loss: str = "mse"
+    norm_target: str = "patch"
+    freq_weight: float = 0.0
+    paper: str = "BM"
 
 
 TASKS = {
@@ -328,6 +364,10 @@ TASKS = {
     "decolor": Task(desaturate, "(e) saturation x 0.3"),
     "zoom_in_mask": Task(middle, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
                          mask_ratio=0.75, view=320 / 224, target="whole", compare="hidden"),
+    "simmim": Task(unchanged, "hidden cells replaced by the mask token at the input", mask_ratio=0.6, mask_unit=2, compare="hidden",
+                   fill="token", token_at="input", loss="l1", norm_target="off", paper="A2"),
+    "a2mim": Task(unchanged, "hidden cells filled with the mean colour, mask token added in the middle", mask_ratio=0.6, mask_unit=2,
+                  compare="hidden", fill="mean", token_at="middle", loss="l1", norm_target="off", freq_weight=0.5, paper="A2"),
 }
 
 
@@ -338,8 +378,9 @@ def number_or_rand(text):
 # How each setting is read from the command line, and what it means. One that is not here: the type of its default.
 SETTINGS = {
     "mask_ratio": (float, "share of the patches that are hidden, in [0, 1)"),
-    "mask_unit": (int, "patches a mask cell spans per side"),
+    "mask_unit": (int, "patches a mask cell spans per side; A2's 32 px are 2 patches of 16"),
     "mask_kind": (tuple(MASKS), "random patches hidden; or all but one block; or all but the central block"),
+    "fill": (FILLS, "what hidden patches are filled with: the image's mean colour, the normalisation's zero, or the mask token at the input"),
     "view_size": (int, "height of the view in pixels; above the input's, the task works on the larger picture"),
     "zoom_size": (number_or_rand, "zoom_in: pixels of the view that fill the canvas; zoom_out: pixels the view is shrunk to, or rand"),
     "zoom_at": (("center", "random"), "where zoom_in looks"),
@@ -356,7 +397,8 @@ def task_settings(name):
     if name not in TASKS:
         raise ValueError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
     own = inspect.signature(TASKS[name].picture).parameters.values()
-    shared = dict(mask_ratio=TASKS[name].mask_ratio, mask_unit=1, mask_kind="random", view_size=None)
+    row = TASKS[name]
+    shared = dict(mask_ratio=row.mask_ratio, mask_unit=row.mask_unit, mask_kind="random", fill=row.fill, view_size=None)
     return {**shared, **{p.name: p.default for p in own if p.default is not p.empty and p.name not in ("size", "generator", "part")}}
 
 
@@ -375,6 +417,7 @@ class Degraded(NamedTuple):
     hidden: torch.Tensor | None         # (B, N) bool, True = the encoder does not see this patch
     target: torch.Tensor                # (B, C, S, S), or (B, C, V, V) for a "whole" target
     counted: torch.Tensor | None        # (B, N) bool
+    filled: bool = False                # hidden patches of `inputs` hold a fill; or the encoder must drop them
 
 
 def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **settings):
@@ -404,17 +447,14 @@ def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **s
     values.update(size=size, generator=generator, part=part)
     inputs = row.picture(view, **{k: values[k] for k in inspect.signature(row.picture).parameters if k in values})
     target = {"view": scaled, "center": center_crop, "whole": lambda view, size: view}[row.target](view, size)
-    return Degraded(scaled(inputs, size), hidden, target, hidden if row.compare == "hidden" else None)
+    inputs, filled = scaled(inputs, size), hidden is not None and values["fill"] is not None
+    inputs = fill_hidden(inputs, hidden, patch_size, values["fill"]) if filled else inputs
+    return Degraded(inputs, hidden, target, hidden if row.compare == "hidden" else None, filled)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------
-
-def patch_pixels(patches, p, grid):
-    """(B, N) bool of patches -> (B, 1, H, W) bool of pixels."""
-    return patches.view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
-
 
 def _onto(canvas, picture):
     """`picture` in the middle of a copy of `canvas`; itself when both are of one size."""
@@ -424,9 +464,9 @@ def _onto(canvas, picture):
 
 
 def seen(d, p):
-    """What the encoder sees of Degraded `d`, to look at: hidden patches grey, in its place within the target."""
+    """What the encoder sees of Degraded `d`, to look at: dropped patches grey, in its place within the target."""
     picture = d.inputs
-    if d.hidden is not None:
+    if d.hidden is not None and not d.filled:
         picture = torch.where(patch_pixels(d.hidden, p, [side // p for side in picture.shape[2:]]), 0.5, picture)
     return _onto(torch.full_like(d.target, 0.5), picture)
 

@@ -1,4 +1,4 @@
-"""One function per equation. Predictions and targets in, one number out; always in float32.
+"""One function per equation of *Beyond Masking* (BM) and *A2MIM* (A2). Predictions and targets in, one number out; always in float32.
 
 Patches are (B, N, p p C), a row of the picture at a time, channels last inside a patch (MAE's order).
 Images are (B, C, H, W). counted (B, N) bool: the patches whose error is averaged; None = all of them.
@@ -85,6 +85,43 @@ def masked_mse(prediction, target, counted=None):
     return (error * counted).sum() / counted.sum()
 
 
+def masked_l1(prediction, target, counted=None):
+    """L_spa (A2 eq. 6, SimMIM's loss) over patches (B, N, p p C): |x_pred - x|, averaged over the pixels that count."""
+    error = (prediction.float() - target).abs().mean(2)                                # (B, N)
+    return error.mean() if counted is None else (error * counted).sum() / counted.sum()
+
+
+def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=False):
+    """L_freq (A2 eq. 3-5, after Focal Frequency Loss, ICCV 2021): a scalar; prediction and target (B, C, H, W).
+
+    The spectrum of [prediction where counted, *detached* prediction elsewhere] against the target's: omega |dF|^2,
+    averaged over frequencies, channels and images. Orthonormal, so that |dF|^2 is of the size of a pixel's square error.
+    omega = |dF|^alpha over its largest value in the image and channel: in [0, 1], without gradient; alpha 0: 1 everywhere.
+    counted: (B or 1, 1, H, W) bool, None = all pixels.
+    batch_mean: compare spectra averaged over the batch (of one process), where errors of different images cancel.
+    # differs from the authors' code: that is theirs; and it blends half of the target into the visible pixels.
+    # differs from the paper: eq. 4 writes a norm, its text and FFL the square, which is ours; eq. 4 writes sums.
+    """
+    prediction = prediction.float()
+    if counted is not None:
+        prediction = torch.where(counted, prediction, prediction.detach())
+    spectrum = torch.fft.rfft2(prediction - target, norm="ortho")                      # dF: (B, C, H, W / 2 + 1)
+    if batch_mean:
+        spectrum = spectrum.mean(0, keepdim=True)
+    distance = spectrum.real.square() + spectrum.imag.square()
+    # A real image's spectrum is symmetric: a column of this half stands for two, but for the first and an even W's last.
+    W = target.shape[3]
+    twice = torch.full((spectrum.shape[3],), 2.0, device=target.device)
+    twice[0], twice[W // 2] = 1.0, 2.0 - (W % 2 == 0)
+    return (frequency_weight(distance, alpha) * distance * twice).sum() / (target.shape[2] * W * distance.shape[0] * distance.shape[1])
+
+
+def frequency_weight(distance, alpha=1.0):
+    """omega (A2 eq. 5) for |dF|^2 (B, C, H, W'): |dF|^alpha, scaled to [0, 1] in each image and channel, detached."""
+    weight = distance.detach() ** (alpha / 2)
+    return weight / weight.amax((2, 3), keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+
+
 def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
     """A.2's two terms as one picture of targets and one of weights that sum to 1: (B, C, V, V) and (B, 1, V, V).
 
@@ -106,20 +143,32 @@ def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
     return goal, weight
 
 
-def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_weight=0.2):
-    """The loss of every pre-training task of BM: a scalar.
+def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_weight=0.2,
+                  loss="mse", freq_weight=0.0, freq_alpha=1.0, freq_batch_mean=False):
+    """The loss of every pre-training task: distance in pixels + freq_weight * distance in frequencies (A2 eq. 6).
 
     prediction (B, N, p p C): patches of a picture of `size` = (H, W). target (B, C, V, V): the picture to be
     recovered, normalised as the model's input is. When it is larger than `size` the prediction means the
-    whole of it at the input's resolution (A.2): it is resized to the view (area), and its error has a centre
+    whole of it at the input's resolution (BM A.2): it is resized to the view (area), and its error has a centre
     and a band term. The paper gives them no weights; .8 and .2 are the authors' code's.
+    loss: "mse" (BM) or "l1" (A2). The frequencies are those of the picture and the normalisation that are compared.
     """
     prediction, grid = prediction.float(), [side // p for side in size]
     if tuple(target.shape[2:]) == tuple(size):
-        return masked_mse(prediction, normalize_patches(patchify(target, p), norm, target.shape[1]), counted)
-    goal, weight = zoom_targets(target, size, p, counted, norm, band_weight)
-    whole = resize_area(unpatchify(prediction, p, grid), target.shape[2:])             # (B, C, V, V)
-    return ((whole - goal).square() * weight).sum()
+        goal = normalize_patches(patchify(target, p), norm, target.shape[1])
+        spatial = {"mse": masked_mse, "l1": masked_l1}[loss](prediction, goal, counted)
+        if freq_weight:
+            prediction, goal = (unpatchify(x, p, grid) for x in (prediction, goal))
+            counted = None if counted is None else counted.view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
+    else:
+        goal, weight = zoom_targets(target, size, p, counted, norm, band_weight)
+        prediction = resize_area(unpatchify(prediction, p, grid), target.shape[2:])    # (B, C, V, V)
+        error = prediction - goal
+        spatial = ((error.square() if loss == "mse" else error.abs()) * weight).sum()
+        counted = weight > 0
+    if not freq_weight:
+        return spatial
+    return spatial + freq_weight * focal_frequency(prediction, goal, counted, freq_alpha, freq_batch_mean)
 
 
 def recovered_picture(prediction, target, size, p, norm="patch"):

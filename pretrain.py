@@ -1,6 +1,8 @@
-"""Pre-train an encoder by recovering damaged images: *Beyond Masking* (BM, arXiv 2203.14313), sections 3, 4.1, A.
+"""Pre-train an encoder by recovering damaged images: *Beyond Masking* (BM, arXiv 2203.14313), sections 3, 4.1, A, and
+*Architecture-Agnostic Masked Image Modeling* (A2, arXiv 2205.13943), sections 4, 5.1, 5.4, A.1.
 
     python pretrain.py --task zoom_in_mask                                     a laptop's CPU, built-in data
+    python pretrain.py --task a2mim --model resnet18                           the same, another task and backbone
     torchrun --nproc_per_node=2 pretrain.py --task zoom_in_mask                the same run on two processes
     torchrun --nproc_per_node=8 pretrain.py --task zoom_in_mask --data /path/to/imagenet       the paper's run
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
@@ -45,19 +47,37 @@ try:                                             # the faster decoder; torchvisi
 except ImportError:
     decode_image = None
 
-# What a data set asks for when the command line does not say: the paper's recipe for a folder of images, a small
-# one for what fits a CPU. lr is per 256 images of the global batch; micro is the largest batch of one process.
+# What a data set and a paper ask for when the command line does not say; a row of three keys goes over its row of two.
+# A folder of images gets the paper's recipe (A2: Tables A1, 1, 2), the rest a small one that fits a CPU. lr is per 256
+# images of the global batch; clip: largest norm of the gradient, 0 none; micro: the largest batch of one process.
+SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, batch_size=256, micro=256, lr=1.5e-3)
 RECIPES = {
-    "folder": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup=40,
-                   batch_size=4096, micro=64, lr=1.5e-4, crop=[0.2, 1.0]),
-    "shapes": dict(model="vit_micro", img_size=[32], patch_size=4, epochs=15, warmup=0.75,
-                   batch_size=256, micro=256, lr=1.5e-3, crop=[0.5, 1.0]),
-    "small":  dict(model="vit_micro", img_size=[32], patch_size=4, epochs=12, warmup=0.6,
-                   batch_size=256, micro=256, lr=1.5e-3, crop=[0.5, 1.0]),
+    ("folder", "BM"): dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup=40, batch_size=4096, micro=64,
+                           lr=1.5e-4, betas=[0.9, 0.95], clip=0, crop=[0.2, 1.0]),
+    ("folder", "A2"): dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup=10, batch_size=2048, micro=64,
+                           lr=1e-4, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
+    ("folder", "A2", "vit_base"): dict(epochs=800),
+    ("folder", "A2", "resnet"): dict(lr=1.5e-4, clip=0),
+    ("shapes", "BM"): dict(**SMALL, epochs=15, warmup=0.75, betas=[0.9, 0.95], clip=0, crop=[0.5, 1.0]),
+    ("shapes", "A2"): dict(**SMALL, epochs=15, warmup=0.75, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
+    ("small", "BM"): dict(**SMALL, epochs=12, warmup=0.6, betas=[0.9, 0.95], clip=0, crop=[0.5, 1.0]),
+    ("small", "A2"): dict(**SMALL, epochs=12, warmup=0.6, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
+    **{(data, paper, "resnet"): dict(img_size=[64], patch_size=8, clip=0) for data in ("shapes", "small") for paper in ("BM", "A2")},
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
-SAME_RUN = ("task", "settings", "model", "data", "images", "img_size", "patch_size", "decoder", "total_steps", "warmup_steps",
-            "batch_size", "lr", "weight_decay", "crop", "seed", "norm_target", "band_weight")
+SAME_RUN = ("task", "settings", "model", "token_at", "token_how", "relative_positions", "data", "images", "img_size", "patch_size",
+            "decoder", "total_steps", "warmup_steps", "batch_size", "lr", "weight_decay", "betas", "clip", "crop", "seed",
+            "norm_target", "band_weight", "loss", "freq_weight", "freq_alpha", "freq_batch_mean")
+
+
+def recipe_of(data, paper, model=None):
+    """The row of RECIPES for --data, the paper of the task, and the model (the row's own if None), as a new dict."""
+    kind = "shapes" if data == "shapes" else "small" if data in TORCHVISION else "folder"
+    row = dict(RECIPES[kind, paper])
+    model = model or row["model"]
+    for whose in (model.rstrip("0123456789").split("_")[0], model):
+        row.update(RECIPES.get((kind, paper, whose), {}))
+    return row
 
 
 class BadRequest(Exception):
@@ -433,9 +453,10 @@ def learning_rate(step, total, warmup, peak):
 
 def parameter_groups(model, weight_decay):
     """No weight decay on biases, norms, tokens and positions."""
+    def is_free(name, parameter):
+        return parameter.ndim <= 1 or any(word in name for word in ("_token", "pos_embed", "relative_position"))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    free = [p for n, p in trained if p.ndim <= 1 or n.endswith(("token", "pos_embed"))]
-    rest = [p for n, p in trained if not (p.ndim <= 1 or n.endswith(("token", "pos_embed")))]
+    rest, free = ([p for n, p in trained if is_free(n, p) == which] for which in (False, True))
     return [dict(params=rest, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
 
 
@@ -500,15 +521,17 @@ def common_options(p):
     o("--root", default="data", help="where the torchvision sets are kept; default: ./data")
     o("--download", action="store_true", help="fetch the torchvision set into --root if it is not there")
     o("--model", choices=models.MODELS, help="default: vit_base for a folder, vit_micro for the small sets")
-    o("--img_size", type=int, nargs="+", metavar="PX", help="input size S, or height and width; default: 224 or 32")
-    o("--patch_size", type=int, metavar="PX", help="default: 16 or 4")
-    o("--epochs", type=float, help="passes over the data; default: 300 for a folder, 12-15 for the small sets")
+    o("--img_size", type=int, nargs="+", metavar="PX", help="input size S, or height and width; default: 224 for a folder; 32, for a ResNet 64, for the small sets")
+    o("--patch_size", type=int, metavar="PX", help="side of what is hidden or not, and of a ViT's patches; default: 16 for a folder; 4, for a ResNet 8, for the small sets")
+    o("--epochs", type=float, help="passes over the data; default: 300 for a folder (800 for A2's ViT-B), 12-15 for the small sets")
     o("--steps", type=int, help="a complete run of so many optimiser steps, warm-up and decay included, whatever --epochs says")
-    o("--batch_size", type=int, help="images per optimiser step over all processes; default: 4096 or 256")
+    o("--batch_size", type=int, help="images per optimiser step over all processes; default: 4096 (A2's tasks 2048) for a folder, or 256")
     o("--accum", type=int, help="batches a step is split into on each process; default: as few as keep one at 64 images or fewer (256 for the small sets)")
-    o("--lr", type=float, help="base learning rate, per 256 images of the batch; default: 1.5e-4 or 1.5e-3")
+    o("--lr", type=float, help="base learning rate, per 256 images of the batch; default: 1.5e-4 (A2's tasks on a ViT 1e-4) for a folder, or 1.5e-3")
     o("--weight_decay", type=float, default=0.05, help="default: 0.05")
-    o("--warmup", type=float, metavar="EPOCHS", help="epochs of linear warm-up; default: 40 of 300, or a twentieth of a small run")
+    o("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW's; default: 0.9 0.95, for A2's tasks 0.9 0.999")
+    o("--clip", type=float, metavar="NORM", help="scale gradients down to this norm; default: 0, never; for A2's tasks on a ViT 5")
+    o("--warmup", type=float, metavar="EPOCHS", help="epochs of linear warm-up; default: 40 of 300 (A2's tasks 10), or a twentieth of a small run")
     o("--seed", type=int, default=0, help="default: 0")
     o("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: a GPU if there is one")
     o("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; default: what the device is fast at")
@@ -518,7 +541,7 @@ def common_options(p):
     o("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint; without a path from the one in --out, if it is there")
     o("--save_every", type=int, metavar="STEPS", help="steps between checkpoints and pictures; default: a twentieth of the run, at least 50")
     o("--log_every", type=int, default=20, metavar="STEPS", help="steps between lines of log.jsonl; default: 20")
-    o("--weights", default="none", metavar="PATH|none", help="start from these weights (ours, MAE's or timm's names); default: none")
+    o("--weights", default="none", metavar="PATH|none", help="start from these weights (ours, MAE's, timm's or torchvision's names); default: none")
 
 
 def options():
@@ -527,10 +550,21 @@ def options():
     p.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, help="default: zoom_in_mask")
     common_options(p)
     o = p.add_argument
-    o("--decoder", metavar="DEPTHxWIDTHxHEADS", help="default: 4x384x6 (BM), 2x64x2 for vit_micro; MAE's is 8x512x16")
-    o("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop; default: 0.2 1 or 0.5 1")
-    o("--norm_target", default="patch", choices=("patch", "channel", "off"), help="target pixels normalised per patch (MAE), per patch and channel (BM's code), or plain; default: patch")
-    o("--band_weight", type=float, default=0.2, help="weight of the outer band in zoom_in_mask, the centre's is one minus it; default: 0.2")
+    o("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop; default: 0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1")
+    m = p.add_argument_group("where the mask token enters").add_argument
+    m("--token_at", metavar="PLACE", help="decoder (a ViT's only: hidden patches are dropped, MAE), input (as 0), middle, none, or the layer or stage it follows, "
+      "0: the projection or stem; default: decoder for BM's tasks, input for simmim, else middle, and for any ResNet: ViT-S 5, ViT-B 8, stage 3")
+    m("--token_how", choices=models.TOKEN_HOWS, help="added to the features, instead of them, or (A2's code) added to them times a learned factor "
+      "that starts at 1e-6; default: add, for simmim replace")
+    m("--decoder", metavar="DEPTHxWIDTHxHEADS", help="default: 4x384x6 (BM), 2x64x2 for vit_micro; MAE's is 8x512x16")
+    m("--relative_positions", action="store_true", help="a relative position bias in the ViT, learned from zero (A2 A.2)")
+    l = p.add_argument_group("the loss").add_argument
+    l("--loss", choices=("mse", "l1"), help="distance in pixels; default: mse, for A2's tasks l1")
+    l("--norm_target", choices=("patch", "channel", "off"), help="target pixels normalised per patch (MAE), per patch and channel (BM's code), or plain; default: patch, for A2's tasks off")
+    l("--band_weight", type=float, help="weight of the outer band in zoom_in_mask, the centre's is one minus it; default: 0.2")
+    l("--freq_weight", type=float, help="lambda, weight of the focal frequency loss (A2 eq. 6); default: 0, for a2mim 0.5")
+    l("--freq_alpha", type=float, help="exponent of its weighting (A2 eq. 5), 0 is no weighting; default: 1")
+    l("--freq_batch_mean", action="store_true", help="compare spectra averaged over the batch of a process, as A2's code does; errors of different images cancel")
     tasks = p.add_argument_group("settings of the tasks", "default: the paper's best")
     for name, defaults in settings().items():
         default = next((v for v in defaults.values() if v is not None), None)
@@ -539,7 +573,7 @@ def options():
         what = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
         values = {v: [task for task, w in defaults.items() if w == v] for v in defaults.values()}
         shown = "the paper's, at this size" if default is None else ", ".join(
-            f"{v} ({', '.join(of)})" if len(values) > 1 else f"{v}" for v, of in values.items())
+            f"{v} ({', '.join(of)})" if len(values) > 1 else f"{v}" for v, of in values.items() if v is not None)
         tasks.add_argument(f"--{name}", help=f"{text}; default: {shown}", **what, **(dict(nargs=len(default)) if several else {}))
     return p
 
@@ -552,15 +586,14 @@ def settings():
 
 def resolve(args, place, length, channels):
     """The command line and the data's recipe as one dict of JSON values. BadRequest for what cannot be run."""
-    c = dict(vars(args))
-    recipe = RECIPES.get(c["data"], RECIPES["small" if c["data"] in TORCHVISION else "folder"])
+    c, row = dict(vars(args)), degrade.TASKS[args.task]
+    recipe = recipe_of(c["data"], row.paper, c["model"])
     c.update((k, v) for k, v in recipe.items() if c.get(k) is None)
     if len(c["img_size"]) > 2:
         raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
     size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
     if min(size) < 1:
         raise BadRequest(f"--img_size {size[0]}x{size[1]} must be more than 0")
-    c["decoder"] = c["decoder"] or "x".join(map(str, models.MODELS[c["model"]][1]))
     c["data"] = os.path.normpath(c["data"]) if os.path.isdir(c["data"]) else c["data"]
     taken = degrade.task_settings(c["task"])
     given = {k: c.pop(k) for k in settings()}
@@ -569,17 +602,19 @@ def resolve(args, place, length, channels):
         raise BadRequest(f"--{stray[0]} does nothing in task {c['task']}: it takes {', '.join('--' + k for k in taken)}")
     chosen = {k: v if given[k] is None else given[k] for k, v in taken.items()}
     c["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    _resolve_token(c, row, given["fill"])
+    _resolve_loss(c, row)
     positive = ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every")
     for name in positive:
         if c[name] is not None and not 0 < c[name] < math.inf:
             raise BadRequest(f"--{name} {c[name]} must be more than 0, and finite")
-    for name in ("weight_decay", "seed", "workers", "warmup"):
+    for name in ("weight_decay", "seed", "workers", "warmup", "clip", "freq_weight", "freq_alpha"):
         if c[name] is not None and not 0 <= c[name] < math.inf:
             raise BadRequest(f"--{name} {c[name]} must not be negative")
     if not 0 < c["crop"][0] <= c["crop"][1] <= 1:
         raise BadRequest(f"--crop {c['crop'][0]} {c['crop'][1]} must be 0 < MIN <= MAX <= 1")
-    if not 0 <= c["band_weight"] <= 1:
-        raise BadRequest(f"--band_weight {c['band_weight']} is outside [0, 1]")
+    if not all(0 <= beta < 1 for beta in c["betas"]):
+        raise BadRequest(f"--betas {c['betas'][0]} {c['betas'][1]} must be 0 <= beta < 1")
 
     B, world, micro = c["batch_size"], place.world, c.pop("micro")
     if c["accum"] is None:
@@ -611,6 +646,52 @@ def resolve(args, place, length, channels):
     return c
 
 
+def _resolve_token(c, row, fill):
+    """--token_at, --token_how, --fill (as given) and --decoder settle each other; the task's row says the rest."""
+    resnet, asked = c["model"] in models.RESNETS, c["token_at"]
+    at = asked or ("input" if fill == "token" else "middle" if resnet and row.token_at == "decoder" else row.token_at)
+    try:
+        layer = models.token_layer(c["model"], at)
+    except ValueError as error:
+        raise BadRequest(f"--{str(error).replace('token at', 'token_at', 1)}")
+    if fill == "token" and layer != 0:
+        raise BadRequest(f"--fill token is the mask token at the input, --token_at {asked} puts it elsewhere: choose one of the two, or --fill mean")
+    if layer == "decoder" and fill:
+        raise BadRequest(f"--fill {fill} does nothing with the token at the decoder: hidden patches are dropped; add --token_at middle")
+    if layer in ("decoder", None) and c["token_how"]:
+        raise BadRequest(f"--token_how {c['token_how']} does nothing with --token_at {at}: it is for a layer or stage")
+    if layer == "decoder":
+        c["decoder"] = c["decoder"] or "x".join(map(str, models.VITS[c["model"]][1]))
+        c["settings"]["fill"] = None
+    elif not fill:                                              # simmim's token in another place leaves the mean colour
+        c["settings"]["fill"] = row.fill if row.fill and (row.fill != "token" or layer == 0) else "mean"
+    if layer not in ("decoder", None):
+        c["token_how"] = c["token_how"] or ("replace" if "token" in (fill, row.fill) else "add")
+    c["token_at"] = "none" if layer is None else layer
+
+
+def _resolve_loss(c, row):
+    """The task's row where the command line does not say; what would do nothing is refused."""
+    c["loss"], c["norm_target"] = c["loss"] or row.loss, c["norm_target"] or row.norm_target
+    if c["freq_weight"] is None:
+        c["freq_weight"] = row.freq_weight
+    if not c["freq_weight"] and (c["freq_alpha"] is not None or c["freq_batch_mean"]):
+        name = "freq_batch_mean" if c["freq_batch_mean"] else f"freq_alpha {c['freq_alpha']}"
+        raise BadRequest(f"--{name} does nothing without the frequency loss: add --freq_weight 0.5")
+    if row.target != "whole" and c["band_weight"] is not None:
+        raise BadRequest(f"--band_weight {c['band_weight']} does nothing in task {c['task']}: only a whole view has an outer band")
+    c["freq_alpha"] = 1.0 if c["freq_alpha"] is None else c["freq_alpha"]
+    c["band_weight"] = 0.2 if c["band_weight"] is None else c["band_weight"]
+    if not 0 <= c["band_weight"] <= 1:
+        raise BadRequest(f"--band_weight {c['band_weight']} is outside [0, 1]")
+
+
+def the_loss(c):
+    """The arguments of losses.recovery_loss that the configuration settles."""
+    return dict(norm=c["norm_target"], band_weight=c["band_weight"], loss=c["loss"], freq_weight=c["freq_weight"],
+                freq_alpha=c["freq_alpha"], freq_batch_mean=c["freq_batch_mean"])
+
+
 def provenance():
     """What a run should be traced back to: command, versions, hardware, commit if there is one."""
     try:
@@ -630,24 +711,25 @@ def provenance():
 @torch.no_grad()
 def draw_picture(model, data, c, device):
     """view | what the encoder sees | recovered, of eight images, two a row: a Pillow picture, or None if the
-    prediction is not finite.
+    prediction is not finite. Where a mask token enters inside the encoder: | recovered without it (A2 Fig. A3), too.
     """
     size, p = tuple(c["img_size"]), c["patch_size"]
     view = data.picture_views(8, tuple(c["view"])).to(device)
     view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
     d = degrade.degrade(view, c["task"], size, p, seeded(c["seed"], PICTURE), **c["settings"])
+    inside = d.hidden is not None and c["token_at"] not in ("decoder", "none")
     model.eval()
     with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-        prediction = model(d.inputs, d.hidden)
+        predictions = [model(d.inputs, d.hidden)] + ([model(d.inputs, d.hidden, token=False)] if inside else [])
     model.train()
-    if not prediction.isfinite().all():
+    if not predictions[0].isfinite().all():
         return None
-    recovered = losses.recovered_picture(prediction, model.normalize(d.target), size, p, c["norm_target"])
-    recovered = degrade.paste_visible(model.denormalize(recovered), d, p)
-    borrowed = c["norm_target"] != "off"
-    titles = ("view", "encoder sees", "recovered*" if borrowed else "recovered")
-    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if borrowed else ""
-    halves = [x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in (d.target, degrade.seen(d, p), recovered)]
+    recovered = [losses.recovered_picture(x, model.normalize(d.target), size, p, c["norm_target"]) for x in predictions]
+    recovered = [degrade.paste_visible(model.denormalize(x), d, p) for x in recovered]
+    star = "*" if c["norm_target"] != "off" else ""
+    titles = ("view", "encoder sees", "recovered" + star, "without token" + star)[:2 + len(recovered)]
+    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if star else ""
+    halves = [x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in (d.target, degrade.seen(d, p), *recovered)]
     return degrade.sheet(halves, titles * 2, note)
 
 
@@ -732,8 +814,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
                 with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
                     with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
                         prediction = net(d.inputs, d.hidden)
-                    part_loss = losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted,
-                                                     c["norm_target"], c["band_weight"]) / c["accum"]
+                    part_loss = losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted, **the_loss(c)) / c["accum"]
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
 
@@ -741,6 +822,9 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
             if not math.isfinite(loss):
                 raise Failure("" if place.rank else f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved "
                               "since the last checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
+            if c["clip"]:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -779,16 +863,19 @@ def run(args):
     c = resolve(args, place, len(data), data.channels)
     torch.manual_seed(c["seed"])
     try:
-        model = models.encoder_decoder(c["model"], c["img_size"], c["patch_size"], data.channels, c["decoder"])
+        model = models.recovery_model(c["model"], c["img_size"], c["patch_size"], data.channels, c["token_at"], c["token_how"] or "add",
+                                      c["decoder"], c["relative_positions"])
         if c["weights"] != "none":
             report = models.load_weights(model, c["weights"])
             if main:
                 print(report)
     except ValueError as error:
         raise BadRequest(str(error))
-    model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))         # DDP waits for gradients that never come
-    model.to(place.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=(0.9, 0.95), fused=True)
+    for name, parameter in model.named_parameters():            # DDP waits for gradients that never come
+        if name.startswith("mask_token") and not c["settings"]["mask_ratio"]:
+            parameter.requires_grad_(False)
+    model = models.to_device(model, place.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=tuple(c["betas"]), fused=True)
     scaler = torch.amp.GradScaler(place.device.type, enabled=c["amp"] == "fp16")
     start, progress = 0, dict(sum=0.0, count=0, bad=0)
 
@@ -827,8 +914,12 @@ def run(args):
         print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
-        attention = "fused" if models.fused_attention(place.device) else "written out"
-        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, attention {attention}, "
+        token = {"decoder": f"the decoder {c['decoder']}", "none": "no place"}.get(c["token_at"], f"layer {c['token_at']} ({c['token_how']})")
+        frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{', batch mean' if c['freq_batch_mean'] else ''})" if c["freq_weight"] else ""
+        print(f"mask token at {token}, loss {c['loss']} of pixels, normalised: {c['norm_target']}{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, "
+              f"gradient clip {c['clip'] or 'off'}{', relative positions' if c['relative_positions'] else ''}")
+        kernel = "convolutions channels-last" if c["model"] in models.RESNETS else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
+        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
               f"seed {c['seed']}, commit {source['commit'] or 'none'}, "
               f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
     code = train(c, place, data, model, optimizer, scaler, start, progress)
