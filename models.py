@@ -152,11 +152,11 @@ class PatchEmbed(nn.Module):
 class Normalized(nn.Module):
     """Images come in as RGB (or N channels) in [0, 1]; the model normalises them itself. The two constants are no weights."""
 
-    def __init__(self, img_size, patch_size, channels, multiple):
-        """img_size: int or (H, W), divisible by `multiple` and by patch_size, else ValueError."""
+    def __init__(self, img_size, patch_size, channels, stride=1):
+        """img_size: int or (H, W), divisible by patch_size and by stride, else ValueError."""
         super().__init__()
         self.img_size, self.patch_size, self.channels = pair(img_size), patch_size, channels
-        for step, what in ((multiple, "the stride of the last stage"), (patch_size, "the patch size")):
+        for step, what in ((patch_size, "the patch size"), (stride, "the stride of the last stage")):
             if any(side < step or side % step for side in self.img_size):
                 raise ValueError(f"image size {self.img_size[0]}x{self.img_size[1]} is not divisible by {what} {step}: "
                                  f"choose multiples of {step}")
@@ -185,7 +185,7 @@ class ViT(Normalized):
     """
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0, relative_positions=False):
-        super().__init__(img_size, patch_size, channels, patch_size)
+        super().__init__(img_size, patch_size, channels)
         self.dim = dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
@@ -478,13 +478,13 @@ def token_layer(name, token_at):
     raise ValueError(f"token at {token_at}: {name} takes {'' if resnet else 'decoder, '}input, middle, none or a {'stage' if resnet else 'layer'} 0 .. {deepest}")
 
 
-def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at="decoder", token_how="add", decoder=None, relative_positions=False):
+def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add", decoder=None, relative_positions=False):
     """A model of MODELS that recovers an image: images (B, C, H, W), hidden (B, N) -> patches (B, N, p p C).
 
-    token_at: as in token_layer. "decoder": an EncoderDecoder, its decoder "DEPTHxWIDTHxHEADS" (MAE's is 8x512x16) or
+    token_at: as in token_layer; None: "decoder", for a ResNet "middle". "decoder": an EncoderDecoder, its decoder "DEPTHxWIDTHxHEADS" (MAE's is 8x512x16) or
     the default; else a TokenViT or a TokenResNet, which have none. ValueError for what a model cannot have.
     """
-    layer = token_layer(name, token_at)
+    layer = token_layer(name, token_at if token_at is not None else "middle" if name in RESNETS else "decoder")
     if layer != "decoder" and decoder:
         raise ValueError(f"decoder {decoder}: with the token at {token_at} one linear layer predicts the pixels, there is no decoder: leave it out")
     if name in RESNETS:

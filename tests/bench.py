@@ -61,7 +61,7 @@ def peak(dtype, n=2048):
 
 def make_step(name, task, size, patch, batch, compiled=False):
     """The core of pretrain.train on one batch of random views; and the FLOPs it takes an image."""
-    model = models.encoder_decoder(name, size, patch).to(device)
+    model = models.recovery_model(name, size, patch).to(device)
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
     view = torch.rand(batch, 3, *degrade.view_size(task, size), device=device)
     S = (size, size)

@@ -1,4 +1,4 @@
-"""The normalised pixel target, L_MSE, and the two terms of BM A.2, against numpy on small pictures."""
+"""The normalised pixel target, L_MSE, the two terms of BM A.2; L_spa and L_freq of A2: against numpy on small pictures."""
 import math
 
 import numpy as np
@@ -110,4 +110,115 @@ def test_the_loss_is_float32_under_autocast():
     view = picture(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         loss = L.recovery_loss(torch.zeros(2, 4, 192, dtype=torch.bfloat16), view, (16, 16), 8)
+    assert loss.dtype == torch.float32
+
+
+# A2 -------------------------------------------------------------------------------------------------------
+
+def test_l_spa_counts_each_hidden_pixel_once():
+    """A2 eq. 6: errors summed over hidden pixels, divided by how many pixels they are, and by nothing else."""
+    x, y = picture(2, 4, 12), picture(2, 4, 12, seed=1)
+    counted = torch.tensor([[True, False, False, True], [False, True, False, True]])
+    by_hand = sum((x[b, n] - y[b, n]).abs().sum() for b in range(2) for n in range(4) if counted[b, n]) / (4 * 12)
+    assert L.masked_l1(x, y, counted) == pytest.approx(float(by_hand), rel=1e-5)
+    assert L.masked_l1(x, x + 1, counted) == pytest.approx(1) and L.masked_l1(x, y) == pytest.approx(float((x - y).abs().mean()), rel=1e-5)
+
+
+def dft(x):
+    """A2 eq. 3 by its sum, orthonormal: (H, W) -> (H, W) complex."""
+    H, W = x.shape
+    h, w = np.arange(H), np.arange(W)
+    return np.array([[(x * np.exp(-2j * np.pi * (u * h[:, None] / H + v * w[None, :] / W))).sum() for v in range(W)] for u in range(H)]) / np.sqrt(H * W)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 9), (5, 4)])
+@pytest.mark.parametrize("alpha", [0, 0.5, 1, 2])
+def test_focal_frequency_equals_a_direct_dft(alpha, size):
+    """A2 eq. 3-5: per image and channel, omega |dF|^2 averaged over all H W frequencies."""
+    x, y = picture(3, 2, *size), picture(3, 2, *size, seed=1)
+    values = []
+    for b in range(3):
+        for c in range(2):
+            distance = np.abs(dft(x[b, c].double().numpy()) - dft(y[b, c].double().numpy())) ** 2
+            omega = distance ** (alpha / 2)
+            values.append((omega / omega.max() * distance).mean())
+    assert L.focal_frequency(x, y, alpha=alpha) == pytest.approx(np.mean(values), rel=1e-4)
+
+
+def test_without_weighting_it_is_the_mean_square_error():
+    """Parseval: an orthonormal spectrum has the picture's energy."""
+    x, y = picture(2, 3, 8, 10), picture(2, 3, 8, 10, seed=1)
+    assert L.focal_frequency(x, y, alpha=0) == pytest.approx(float((x - y).square().mean()), rel=1e-5)
+
+
+def test_focal_frequency_of_equal_images_is_zero():
+    x = picture(2, 3, 8, 8).requires_grad_()
+    loss = L.focal_frequency(x, x.detach())
+    loss.backward()
+    assert loss == 0 and (x.grad == 0).all()
+
+
+def test_its_gradient_is_only_where_hidden():
+    """det(x_pred) (1 - M): visible pixels count in the value, but nothing is asked of them."""
+    x, y = picture(2, 3, 8, 8).requires_grad_(), picture(2, 3, 8, 8, seed=1)
+    hidden = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    hidden[0, :, :4], hidden[1, :, :, 4:] = True, True
+    loss = L.focal_frequency(x, y, hidden)
+    loss.backward()
+    hidden = hidden.expand_as(x)
+    assert (x.grad[hidden] != 0).all() and (x.grad[~hidden] == 0).all()
+    assert loss == L.focal_frequency(x, y) and L.focal_frequency(torch.where(hidden, x, y), y) < loss
+
+
+def test_the_spectrum_weight_is_in_0_1_and_has_no_gradient():
+    distance = picture(2, 3, 8, 5).requires_grad_()
+    for alpha in (0, 0.5, 1, 3):
+        weight = L.frequency_weight(distance, alpha)
+        assert not weight.requires_grad and weight.min() >= 0 and (weight.amax((2, 3)) == 1).all()
+    x, y = picture(1, 1, 4, 4).requires_grad_(), picture(1, 1, 4, 4, seed=1)
+    (grad,) = torch.autograd.grad(L.focal_frequency(x, y), x)
+    F = torch.fft.fft2(x.detach() - y, norm="ortho")
+    omega = F.abs() / F.abs().max()
+    assert torch.allclose(grad, 2 * torch.fft.ifft2(omega * F, norm="ortho").real / 16, atol=1e-6)  # d(omega |F|^2), omega fixed
+
+
+def test_errors_that_cancel_in_the_batch_average_are_seen_per_image():
+    """One image too bright, the other too dark: the authors' averaged spectra are equal, the images are not."""
+    y = picture(2, 3, 8, 8)
+    x = y + torch.tensor([0.5, -0.5]).view(2, 1, 1, 1) * picture(1, 3, 8, 8, seed=1)
+    assert L.focal_frequency(x, y, batch_mean=True) < 1e-10 < 1e-3 < L.focal_frequency(x, y)
+    errors = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))                 # independent ones shrink with the batch
+    per_image, averaged = (L.focal_frequency(errors, 0 * errors, alpha=0, batch_mean=b) for b in (False, True))
+    assert averaged < per_image / 32
+
+
+@pytest.mark.parametrize("norm", ["off", "patch"])
+def test_the_whole_loss_is_eq_6(norm):
+    """L = L_spa + lambda L_freq, in the pixels that are compared; without hidden patches over all of them."""
+    target, prediction = picture(2, 3, 8, 8), picture(2, 4, 48, seed=1)
+    hidden = torch.tensor([[True, False, True, True], [False, True, True, True]])
+    goal = L.normalize_patches(L.patchify(target, 4), norm)
+    pixels = hidden.view(2, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for counted, where in ((hidden, pixels), (None, None)):
+        want = L.masked_l1(prediction, goal, counted) + 0.7 * L.focal_frequency(L.unpatchify(prediction, 4, (2, 2)), L.unpatchify(goal, 4, (2, 2)), where, 2)
+        got = L.recovery_loss(prediction, target, (8, 8), 4, counted, norm, loss="l1", freq_weight=0.7, freq_alpha=2)
+        assert got == pytest.approx(float(want), rel=1e-5)
+
+
+def test_a_whole_view_takes_every_distance():
+    """BM A.2's two terms with A2's losses: gradient on the band and the hidden patches of the centre, zero where it is right."""
+    target, counted = picture(1, 3, 12, 12), torch.tensor([[True, False, False, True]])
+    for loss in ("mse", "l1"):
+        prediction = picture(1, 4, 48, seed=1)
+        values = [L.recovery_loss(prediction, target, (8, 8), 4, counted, "off", loss=loss, freq_weight=w) for w in (0, 1)]
+        whole, (goal, weight) = L.resize_area(L.unpatchify(prediction, 4, (2, 2)), (12, 12)), L.zoom_targets(target, (8, 8), 4, counted, "off")
+        error = (whole - goal).abs() if loss == "l1" else (whole - goal) ** 2
+        assert values[0] == pytest.approx(float((error * weight).sum()), rel=1e-5)
+        assert values[1] - values[0] == pytest.approx(float(L.focal_frequency(whole, goal, weight > 0)), rel=1e-4)
+
+
+def test_frequencies_are_float32_under_autocast():
+    x, y = picture(2, 4, 48).bfloat16(), picture(2, 3, 8, 8, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = L.recovery_loss(x, y, (8, 8), 4, loss="l1", norm="off", freq_weight=1)
     assert loss.dtype == torch.float32

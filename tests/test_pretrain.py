@@ -140,7 +140,7 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine():
 
 
 def test_no_weight_decay_on_biases_norms_tokens_positions():
-    model = models.encoder_decoder("vit_micro", 16, 4)
+    model = models.recovery_model("vit_micro", 16, 4)
     decayed, free = P.parameter_groups(model, 0.05)
     names = {id(p): n for n, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
@@ -206,7 +206,7 @@ def test_the_papers_run_is_one_flag_away(folder):
     assert (c["batch_size"], c["images_per_process"], c["accum"], c["epochs"], c["lr"]) == (4096, 64, 8, 300, 1.5e-4)
     assert c["actual_lr"] == pytest.approx(2.4e-3) and c["total_steps"] == math.ceil(300 * 1281167 / 4096)
     assert c["warmup_steps"] == pytest.approx(40 * 1281167 / 4096, abs=1) and c["crop"] == [0.2, 1.0] and c["norm_target"] == "patch"
-    model = models.encoder_decoder(c["model"])
+    model = models.recovery_model(c["model"])
     assert len(model.blocks) == 12 and len(model.decoder_blocks) == 4 and model.mask_token.shape[2] == 384
 
 
@@ -249,7 +249,7 @@ sys.path.insert(0, %r)
 import degrade, losses, models, pretrain
 place = pretrain.set_up("cpu")
 torch.manual_seed(0)
-model = models.encoder_decoder("vit_micro", 16, 4).double()
+model = models.recovery_model("vit_micro", 16, 4).double()
 net = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
 view = torch.rand(4, 3, 22, 22, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 k = 4 // place.world
