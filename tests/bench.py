@@ -1,7 +1,7 @@
 """How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
 
-    python tests/bench.py                all of it, about ten minutes on 2 CPU cores
-    python tests/bench.py step profile   only these: step profile degrade input processes attention compile
+    python tests/bench.py                most of it, about ten minutes on 2 CPU cores
+    python tests/bench.py step profile   only these: step a2mim profile degrade input processes attention memory compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
 FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
@@ -59,50 +59,89 @@ def peak(dtype, n=2048):
     return [2 * n ** 3 / s / 1e9 for s in clock(lambda: a @ b, 15, 3)]
 
 
-def make_step(name, task, size, patch, batch, compiled=False):
-    """The core of pretrain.train on one batch of random views; and the FLOPs it takes an image."""
-    model = models.recovery_model(name, size, patch).to(device)
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    view = torch.rand(batch, 3, *degrade.view_size(task, size), device=device)
-    S = (size, size)
-    hidden = degrade.degrade(view[:1], task, S, patch, pretrain.seeded(0)).hidden
-    forward = models.flops(model, torch.zeros(1, 3, *S, device=device), hidden)
+def make_step(*flags, compiled=False, channels_last=True):
+    """The core of pretrain.train on one batch of random views, as the command line `flags` settle it -> the step, its
+    images, and the FLOPs it takes an image.
+    """
+    c = pretrain.resolve(pretrain.options().parse_args(list(flags)), place, 10 ** 6, 3)
+    S, patch, batch = tuple(c["img_size"]), c["patch_size"], c["batch_size"]
+    model = models.recovery_model(c["model"], S, patch, 3, c["token_at"], c["token_how"] or "add", c["decoder"])
+    model = models.to_device(model, device) if channels_last else model.to(device)
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-4, betas=tuple(c["betas"]), fused=True)
+    view = torch.rand(batch, 3, *c["view"], device=device)
+    few = degrade.degrade(view[:2], c["task"], S, patch, pretrain.seeded(0), **c["settings"])
+    forward = models.flops(model, few.inputs, few.hidden) / 2
     if compiled:
         model.compile()
 
     def step():
-        d = degrade.degrade(view, task, S, patch, pretrain.seeded(1))
+        d = degrade.degrade(view, c["task"], S, patch, pretrain.seeded(1), **c["settings"])
         with torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
             prediction = model(d.inputs, d.hidden)
-        losses.recovery_loss(prediction, model.normalize(d.target), S, patch, d.counted).backward()
+        losses.recovery_loss(prediction, model.normalize(d.target), S, patch, d.counted, **pretrain.the_loss(c)).backward()
+        if c["clip"]:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step, 3 * forward
+    return step, batch, 3 * forward
+
+
+def paper(model, *flags):
+    """A model at the paper's size, batch 32: the flags of make_step."""
+    return "--data", "/a/folder", "--model", model, "--batch_size", "32", *flags
+
+
+def compare(label, ours, other, what, repeat, key=None):
+    """Two steps and the peak, measured in turn so that a slow minute hits all alike."""
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    (one, batch, flop), (two, _, _) = ours, other
+    seconds, slower, shares, peaks = [], [], [], []
+    for i in range(repeat + 1):
+        top, a, b = statistics.median(peak(dtype)), clock(one, 1, 0)[0], clock(two, 1, 0)[0]
+        if i:
+            seconds.append(a), slower.append(b / a), shares.append(flop * batch / a / 1e9 / top), peaks.append(top)
+    report(f"{label}: peak {amp}", peaks, "GFLOP/s")
+    report(f"{label}", [batch / s for s in seconds], "images/s", f"{flop / 1e9:.2f} GFLOPs an image")
+    report(f"{label}: share of peak", shares, "")
+    report(f"{label}: {what}", slower, "")
+    if key:
+        figures.setdefault("_step_seconds", {})[key] = statistics.median(seconds) / batch
 
 
 def step():
-    """A training step against the peak, measured in turn so that a slow minute hits both alike."""
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    """Training steps of Beyond Masking against the peak."""
     report("peak float32, GFLOP/s", peak(torch.float32), "GFLOP/s")
-    for label, name, size, patch, batch, repeat in (("ViT-B/16 at 224, batch 32", "vit_base", 224, 16, 32, 15),
-                                                    ("default small model, batch 256", "vit_micro", 32, 4, 256, 30)):
-        (mask, flop), (zoom, _) = (make_step(name, task, size, patch, batch) for task in ("mask", "zoom_in_mask"))
-        seconds, slower, shares, peaks = [], [], [], []
-        for i in range(repeat + 1):
-            top, a, b = statistics.median(peak(dtype)), clock(mask, 1, 0)[0], clock(zoom, 1, 0)[0]
-            if i:
-                seconds.append(a), slower.append(b / a), shares.append(flop * batch / a / 1e9 / top), peaks.append(top)
-        report(f"{label}: peak {amp}", peaks, "GFLOP/s")
-        report(f"{label}: mask", [batch / s for s in seconds], "images/s", f"{flop / 1e9:.2f} GFLOPs an image")
-        report(f"{label}: share of peak", shares, "")
-        report(f"{label}: zoom_in_mask / mask, time", slower, "")
-        figures.setdefault("_step_seconds", {})[name] = statistics.median(seconds) / batch
+    compare("ViT-B/16 at 224, batch 32, mask", make_step(*paper("vit_base", "--task", "mask")), make_step(*paper("vit_base", "--task", "zoom_in_mask")),
+            "zoom_in_mask / mask, time", 15, "vit_base")
+    compare("default small model, batch 256, mask", make_step("--task", "mask"), make_step("--task", "zoom_in_mask"), "zoom_in_mask / mask, time", 30)
+
+
+def a2mim():
+    """Training steps of A2MIM against the peak, and what the frequency loss adds to them."""
+    for label, flags in (("ViT-S/16 at 224, batch 32", paper("vit_small")), ("ResNet-50 at 224, batch 32", paper("resnet50")),
+                         ("small ViT, 32 px, batch 256", ("--model", "vit_micro")), ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
+        task = ("--task", "a2mim", "--freq_weight")
+        compare(f"{label}, a2mim without frequency loss", make_step(*flags, *task, "0"), make_step(*flags, *task, "0.5"), "with / without, time", 9)
+        B, C, side = (32, 3, 224) if "224" in label else (256, 3, 64 if "64" in label else 32)
+        x, y = (torch.rand(B, C, side, side, device=device, requires_grad=r) for r in (True, False))
+        hidden = torch.rand(B, 1, side, side, device=device) < 0.6
+        whole = clock(make_step(*flags, *task, "0.5")[0], 3)
+        alone = clock(lambda: losses.focal_frequency(x, y, hidden).backward(), 9, 2)
+        report(f"{label}: frequency loss alone / step", [t / statistics.median(whole) for t in alone], "")
+
+
+def memory_format():
+    """Channels-last against contiguous memory: what models.to_device's choice rests on."""
+    for label, flags in (("ResNet-50 at 224, batch 32", paper("resnet50")), ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
+        last, first = (make_step("--task", "a2mim", *flags, channels_last=on)[0] for on in (True, False))
+        clock(last, 1), clock(first, 1)
+        report(f"{label}: contiguous / channels-last, time", [clock(first, 1, 0)[0] / clock(last, 1, 0)[0] for _ in range(5)], "x")
 
 
 def profile():
     """What a step of ViT-B/16 spends its time on."""
     from torch.profiler import ProfilerActivity, profile
-    work, _ = make_step("vit_base", "mask", 224, 16, 32)
+    work, _, _ = make_step(*paper("vit_base", "--task", "mask"))
     work()
     with profile(activities=[ProfilerActivity.CPU]) as p:
         work()
@@ -191,18 +230,18 @@ def attention():
 
 def compiled():
     """What --compile adds to a ViT-B/16 step."""
-    (plain, _), start = make_step("vit_base", "mask", 224, 16, 32), time.perf_counter()
-    fast, _ = make_step("vit_base", "mask", 224, 16, 32, compiled=True)
+    (plain, _, _), start = make_step(*paper("vit_base", "--task", "mask")), time.perf_counter()
+    fast, _, _ = make_step(*paper("vit_base", "--task", "mask"), compiled=True)
     fast()
     report("ViT-B/16: compiling", [time.perf_counter() - start], "s")
     plain()
     report("ViT-B/16: --compile, speed", [clock(plain, 1, 0)[0] / clock(fast, 1, 0)[0] for _ in range(5)], "x")
 
 
-PARTS = dict(step=step, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, compile=compiled)
+PARTS = dict(step=step, a2mim=a2mim, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "compile")]
+    chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "compile")]
     if unknown := [name for name in chosen if name not in PARTS]:
         sys.exit(f"bench.py: no part '{unknown[0]}': choose of {', '.join(PARTS)}")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{pretrain.cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"

@@ -176,6 +176,17 @@ def test_every_task_trains_from_the_command_line(task, run, tmp_path):
     assert sum(loss[s] for s in (10, 11, 12)) < sum(loss[s] for s in (1, 2, 3))
 
 
+@pytest.mark.parametrize("task", degrade.TASKS)
+def test_every_task_trains_every_backbone(task, run, tmp_path):
+    """A ResNet: hidden patches filled, the token after stage 3, a pixel-shuffle head; with the frequency loss on any task."""
+    code, said, complaint = run("--task", task, "--model", "resnet18", "--img_size", 32, 64, "--patch_size", 8, "--freq_weight", 0.2, "--lr", 0.03,
+                                "--warmup", 0, "--steps", 5, "--save_every", 5)
+    assert code == 0, complaint
+    loss, config = losses_of(tmp_path / "run"), json.load(open(tmp_path / "run" / "config.json"))
+    assert loss[5] < loss[1] and config["settings"]["fill"] == ("token" if task == "simmim" else "mean")
+    assert config["token_at"] == (0 if task == "simmim" else 3) and "+ 0.2 x focal frequency" in said
+
+
 def test_a_task_is_one_function_and_one_row(run, monkeypatch, tmp_path, capfd):
     """With its own setting on the command line, in --help and in the demonstration picture, and no other edit."""
     def negative(images, strength=1.0):
@@ -192,7 +203,7 @@ def test_settings_reach_the_run_and_strays_are_refused(run, tmp_path):
     code, _, complaint = run("--task", "distort", "--twist", 0.1, 0.15, "--view_size", 20, "--mask_ratio", 0.5, "--mask_kind", "block", "--steps", 2)
     assert code == 0, complaint
     config = json.load(open(tmp_path / "run" / "config.json"))
-    assert config["settings"] == dict(mask_ratio=0.5, mask_unit=1, mask_kind="block", view_size=20, warp="fisheye", twist=[0.1, 0.15])
+    assert config["settings"] == dict(mask_ratio=0.5, mask_unit=1, mask_kind="block", fill=None, view_size=20, warp="fisheye", twist=[0.1, 0.15])
     assert config["view"] == [20, 20]
     code, _, complaint = run("--task", "mask", "--blur_kernel", 5, out=tmp_path / "b")
     assert code == 2 and "--blur_kernel does nothing in task mask" in complaint
@@ -208,6 +219,57 @@ def test_the_papers_run_is_one_flag_away(folder):
     assert c["warmup_steps"] == pytest.approx(40 * 1281167 / 4096, abs=1) and c["crop"] == [0.2, 1.0] and c["norm_target"] == "patch"
     model = models.recovery_model(c["model"])
     assert len(model.blocks) == 12 and len(model.decoder_blocks) == 4 and model.mask_token.shape[2] == 384
+
+
+@pytest.mark.parametrize("model, epochs, lr, clip, token_at", [(None, 800, 1e-4, 5, 8), ("vit_small", 300, 1e-4, 5, 5), ("resnet50", 300, 1.5e-4, 0, 3)])
+def test_a2s_run_is_table_a1(model, epochs, lr, clip, token_at):
+    """A2 Table A1, and the epochs of Tables 1 and 2, from --data and --model alone: 60% of 32 px cells, L1 + 0.5 L_freq."""
+    place = P.Place(0, 8, torch.device("cpu"))
+    c = P.resolve(P.options().parse_args(["--task", "a2mim", "--data", "/imagenet", *(["--model", model] if model else [])]), place, 1281167, 3)
+    assert (c["model"], c["img_size"], c["view"], c["patch_size"]) == (model or "vit_base", [224, 224], [224, 224], 16)
+    assert c["settings"] == dict(mask_ratio=0.6, mask_unit=2, mask_kind="random", fill="mean", view_size=None)
+    assert (c["batch_size"], c["epochs"], c["lr"], c["clip"], c["betas"], c["weight_decay"]) == (2048, epochs, lr, clip, [0.9, 0.999], 0.05)
+    assert c["warmup_steps"] == pytest.approx(10 * 1281167 / 2048, abs=1) and c["crop"] == [0.67, 1.0] and c["actual_lr"] == pytest.approx(8 * lr)
+    assert (c["token_at"], c["token_how"], c["loss"], c["norm_target"], c["freq_weight"], c["freq_alpha"]) == (token_at, "add", "l1", "off", 0.5, 1)
+
+
+ABLATIONS = [                                                   # Fig. 6 and Table 5; the authors' code
+    *[["--task", "simmim", "--token_at", at, "--token_how", how] for at in "026" for how in ("add", "replace")],
+    *[["--model", "resnet18", "--task", "simmim", "--token_at", at, "--token_how", how] for at in "024" for how in ("add", "replace")],
+    ["--task", "simmim", "--fill", "mean", "--token_at", "input"], ["--task", "a2mim", "--fill", "zero"], ["--task", "a2mim", "--freq_weight", "0"],
+    ["--task", "a2mim", "--freq_alpha", "0"], ["--task", "a2mim", "--freq_batch_mean"], ["--task", "a2mim", "--token_how", "scaled", "--token_at", "0"],
+    ["--task", "a2mim", "--token_at", "none"], ["--task", "a2mim", "--fill", "token"], ["--task", "a2mim", "--relative_positions"],
+    ["--task", "mask", "--relative_positions"], ["--task", "a2mim", "--token_at", "decoder"], ["--task", "blur", "--token_at", "middle"],
+    ["--task", "a2mim", "--mask_ratio", "0", "--model", "resnet18"],
+]
+
+
+@pytest.mark.parametrize("flags", ABLATIONS, ids=" ".join)
+def test_every_ablation_of_fig_6_and_table_5(flags, run, tmp_path):
+    size = ["--img_size", 32, "--patch_size", 8, "--batch_size", 4] if "resnet18" in flags else []
+    code, _, complaint = run(*flags, *size, "--steps", 1)
+    assert code == 0, complaint
+    config = json.load(open(tmp_path / "run" / "config.json"))
+    for name in ("token_at", "token_how", "fill", "freq_weight"):
+        if f"--{name}" in flags:
+            asked, got = flags[flags.index(f"--{name}") + 1], {**config, **config["settings"]}[name]
+            assert str(got) == {"input": "0", "middle": "3", "0": "0" if name == "token_at" else "0.0"}.get(asked, asked)
+
+
+def test_clipping_bounds_the_gradient(run, tmp_path):
+    """--clip: the norm over all parameters; AdamW's first running mean is (1 - beta1) times what it was given."""
+    for name, flags in (("clipped", ["--clip", 0.01]), ("whole", [])):
+        assert run(*flags, "--steps", 1, out=tmp_path / name)[0] == 0
+    clipped, whole = (gradients_of(tmp_path / name) / 0.1 for name in ("clipped", "whole"))
+    assert clipped.norm() == pytest.approx(0.01, rel=1e-3) and whole.norm() > 0.02
+    assert torch.allclose(clipped / clipped.norm(), whole / whole.norm(), atol=1e-4)
+
+
+def test_pictures_show_what_is_recovered_without_the_token(run, tmp_path):
+    """A2 Fig. A3: one more column where a token enters inside the encoder."""
+    for name, flags, columns in (("inside", ["--task", "a2mim"], 4), ("none", ["--task", "a2mim", "--token_at", "none"], 3), ("decoder", ["--task", "mask"], 3)):
+        assert run(*flags, "--steps", 1, out=tmp_path / name)[0] == 0
+        assert Image.open(tmp_path / name / "recovered_0000001.png").width == 2 * columns * 132 + 4
 
 
 def test_same_seed_same_run(run, tmp_path):
@@ -239,6 +301,56 @@ def test_two_processes_equal_one(task, accum, run, folder, tmp_path):
     assert list(one.values()) == pytest.approx(list(both.values()), rel=1e-4)
     a, b = gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two")
     assert (a - b).norm() < 1e-3 * a.norm()
+
+
+RESNET = ["--model", "resnet18", "--img_size", 32, "--patch_size", 8]
+
+
+def test_two_processes_with_synchronised_batch_norm_equal_one(run, folder, tmp_path):
+    """Two processes of batch 4 have the losses, gradients and running statistics of one of 8. (One step: AdamW's first
+    ones are little more than the signs of the gradients, so rounding grows.)"""
+    flags = ["--task", "a2mim", *RESNET, "--steps", 1]
+    assert run(*flags, out=tmp_path / "one")[0] == 0
+    two = script(*TINY, *flags, "--data", folder, "--out", tmp_path / "two", processes=2)
+    said, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, said
+    assert losses_of(tmp_path / "one")[1] == pytest.approx(losses_of(tmp_path / "two")[1], rel=1e-5)
+    a, b = gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two")
+    assert (a - b).norm() < 1e-3 * a.norm()
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert all(torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-6) for n in a if "running" in n)
+
+
+def test_synchronised_batch_norm_by_its_definition(tmp_path):
+    """Outputs, gradients, running statistics of two processes' halves are torch's batch norm's of the whole."""
+    code = """
+import sys, torch
+sys.path.insert(0, %r)
+import models, pretrain
+place = pretrain.set_up("cpu")
+x = torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 3 + 7
+x = x[place.rank * 3:place.rank * 3 + 3].requires_grad_()
+norm = models.BatchNorm(5)
+torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+y = norm(x)
+(y * torch.arange(60.).view(5, 3, 4)).square().sum().backward()
+torch.save(dict(norm.state_dict(), y=y.detach(), x=x.grad, weight_grad=norm.weight.grad, bias_grad=norm.bias.grad), sys.argv[1] + str(place.rank))
+""" % str(ROOT)
+    (tmp_path / "n.py").write_text(code)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "n.py"), str(tmp_path / "out")],
+                   check=True, timeout=120, capture_output=True)
+    a, b = (torch.load(tmp_path / f"out{r}", weights_only=True) for r in (0, 1))
+    x = (torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 3 + 7).requires_grad_()
+    norm = torch.nn.BatchNorm2d(5)
+    torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+    y = norm(x)
+    (y * torch.arange(60.).view(5, 3, 4)).square().sum().backward()
+    assert torch.allclose(torch.cat([a["y"], b["y"]]), y, atol=1e-5)
+    assert torch.allclose(torch.cat([a["x"], b["x"]]), x.grad, rtol=1e-3, atol=1e-3 * x.grad.abs().max().item())
+    assert torch.allclose(a["weight_grad"] + b["weight_grad"], norm.weight.grad, rtol=1e-4)
+    assert torch.allclose(a["bias_grad"] + b["bias_grad"], norm.bias.grad, rtol=1e-4)
+    for name, value in norm.state_dict().items():
+        assert torch.allclose(a[name], value, rtol=1e-5) and torch.equal(a[name], b[name]), name
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -279,19 +391,20 @@ def test_precision_and_compile_options(run, tmp_path):
 
 # resuming --------------------------------------------------------------------------------------------------
 
-def test_resume_equals_never_stopping_after_kill_9(run, folder, tmp_path):
+@pytest.mark.parametrize("flags, steps", [([], 60), (["--task", "a2mim", *RESNET], 20)], ids=["vit", "resnet"])
+def test_resume_equals_never_stopping_after_kill_9(flags, steps, run, folder, tmp_path):
     """Killed at any moment: the curve and the weights are bit for bit those of a run never killed; each step stands once."""
-    assert run("--steps", 60, "--log_every", 1, out=tmp_path / "whole")[0] == 0
-    killed = script(*TINY, "--steps", 60, "--data", folder, "--out", tmp_path / "killed")
+    assert run(*flags, "--steps", steps, "--log_every", 1, out=tmp_path / "whole")[0] == 0
+    killed = script(*TINY, *flags, "--steps", steps, "--data", folder, "--out", tmp_path / "killed")
     deadline = time.time() + 60
     while time.time() < deadline and not (os.path.exists(tmp_path / "killed/log.jsonl") and len(log_of(tmp_path / "killed")) >= 3):
         time.sleep(0.002)
     killed.kill()
-    assert killed.wait() == -9 and 0 < torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] < 60
-    code, said, complaint = run("--steps", 60, "--resume", out=tmp_path / "killed")
+    assert killed.wait() == -9 and 0 < torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] < steps
+    code, said, complaint = run(*flags, "--steps", steps, "--resume", out=tmp_path / "killed")
     assert code == 0, complaint
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed")
-    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 61))
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, steps + 1))
     a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
     assert all(torch.equal(a[n], b[n]) for n in a)
 
@@ -429,6 +542,13 @@ REFUSED = [
     (["--batch_size", "9", "--accum", "2"], "9 cannot be shared"), (["--mask_unit", "3"], "cells of 3"), (["--batch_size", "0"], "--batch_size 0"),
     (["--lr", "-1"], "--lr -1"), (["--crop", "0.5", "1.5"], "1.5"), (["--task", "zoom_in", "--zoom_size", "99"], "zoom size 99"), (["--task", "zoom_in", "--zoom_size", "rand"], "zoom size rand"), (["--decoder", "4x10x3"], "4x10x3"),
     (["--task", "blur", "--blur_kernel", "4"], "4 is not an odd"), (["--view_size", "8"], "view size 8"), (["--img_size", "16", "16", "16"], "not 3"),
+    (["--task", "a2mim", "--model", "resnet18"], "16x16 is not divisible by the stride of the last stage 32"), (["--model", "resnet18", "--token_at", "decoder"], "--token_at decoder: a resnet18"),
+    (["--token_at", "7"], "--token_at 7: vit_micro takes"), (["--token_at", "deep"], "--token_at deep"), (["--task", "a2mim", "--fill", "token", "--token_at", "3"], "--fill token is the mask token at the input"),
+    (["--task", "mask", "--fill", "zero"], "--fill zero does nothing"), (["--task", "mask", "--token_how", "add"], "--token_how add does nothing"),
+    (["--task", "a2mim", "--token_at", "none", "--token_how", "replace"], "--token_how replace does nothing"), (["--task", "a2mim", "--decoder", "1x8x2"], "decoder 1x8x2"),
+    (["--task", "mask", "--freq_alpha", "2"], "--freq_alpha 2.0 does nothing"), (["--task", "mask", "--freq_batch_mean"], "--freq_batch_mean does nothing"), (["--task", "mask", "--freq_weight", "-1"], "-1"),
+    (["--task", "mask", "--band_weight", "0.5"], "--band_weight 0.5 does nothing"), (["--band_weight", "2"], "--band_weight 2"), (["--betas", "0.9", "1"], "--betas 0.9 1"), (["--clip", "-1"], "--clip -1"),
+    (["--model", "resnet18", "--img_size", "32", "--relative_positions"], "relative positions"), (["--task", "a2mim", "--token_how", "blend"], "blend"), (["--task", "a2mim", "--img_size", "20"], "cells of 2"),
     (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--lr", "fast"], "fast"), (["--saturation", "0.3"], "--saturation does nothing"),
     *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")]),
 ]
