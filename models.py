@@ -22,15 +22,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-#                width depth heads  decoder: depth width heads (BM A.1)   the token's layer, "middle" (A2 5.1; large, tiny
-VITS = {                                                                  # and micro are ours, in proportion)
+#                width depth heads  decoder: depth width heads (BM A.1: 4 blocks of width 384); the mask token's layer,
+VITS = {  #                         "middle" (A2 5.1: small and base; the others are ours, in proportion)
     "vit_micro": ((128,  6,  4), (2,  64, 2), 3),     # for a CPU: small images, small patches
     "vit_tiny":  ((192, 12,  3), (4, 384, 6), 5),
     "vit_small": ((384, 12,  6), (4, 384, 6), 5),
     "vit_base":  ((768, 12, 12), (4, 384, 6), 8),     # BM section 4.1
     "vit_large": ((1024, 24, 16), (4, 384, 6), 16),
 }
-#                blocks of the four stages, of one kind: (3x3, 3x3), or (1x1, 3x3, 1x1) with four times the width outside
+#                 kind of block, how many in each of the four stages
 RESNETS = {
     "resnet18":  ("basic", (2, 2, 2, 2)),
     "resnet34":  ("basic", (3, 4, 6, 3)),

@@ -59,10 +59,11 @@ RECIPES = {
     ("folder", "A2", "vit_base"): dict(epochs=800),
     ("folder", "A2", "resnet"): dict(lr=1.5e-4, clip=0),
     ("shapes", "BM"): dict(**SMALL, epochs=15, warmup=0.75, betas=[0.9, 0.95], clip=0, crop=[0.5, 1.0]),
-    ("shapes", "A2"): dict(**SMALL, epochs=15, warmup=0.75, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
+    ("shapes", "A2"): dict(**SMALL, epochs=10, warmup=0.5, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
     ("small", "BM"): dict(**SMALL, epochs=12, warmup=0.6, betas=[0.9, 0.95], clip=0, crop=[0.5, 1.0]),
-    ("small", "A2"): dict(**SMALL, epochs=12, warmup=0.6, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
-    **{(data, paper, "resnet"): dict(img_size=[64], patch_size=8, clip=0) for data in ("shapes", "small") for paper in ("BM", "A2")},
+    ("small", "A2"): dict(**SMALL, epochs=6, warmup=0.3, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
+    **{(data, paper, "resnet"): dict(img_size=[64], patch_size=8, clip=0, epochs=epochs, warmup=epochs / 20)
+       for data, epochs in (("shapes", 5), ("small", 3)) for paper in ("BM", "A2")},
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
 SAME_RUN = ("task", "settings", "model", "token_at", "token_how", "relative_positions", "data", "images", "img_size", "patch_size",
@@ -523,7 +524,7 @@ def common_options(p):
     o("--model", choices=models.MODELS, help="default: vit_base for a folder, vit_micro for the small sets")
     o("--img_size", type=int, nargs="+", metavar="PX", help="input size S, or height and width; default: 224 for a folder; 32, for a ResNet 64, for the small sets")
     o("--patch_size", type=int, metavar="PX", help="side of what is hidden or not, and of a ViT's patches; default: 16 for a folder; 4, for a ResNet 8, for the small sets")
-    o("--epochs", type=float, help="passes over the data; default: 300 for a folder (800 for A2's ViT-B), 12-15 for the small sets")
+    o("--epochs", type=float, help="passes over the data; default: 300 for a folder (800 for A2's ViT-B), 3-15 for the small sets")
     o("--steps", type=int, help="a complete run of so many optimiser steps, warm-up and decay included, whatever --epochs says")
     o("--batch_size", type=int, help="images per optimiser step over all processes; default: 4096 (A2's tasks 2048) for a folder, or 256")
     o("--accum", type=int, help="batches a step is split into on each process; default: as few as keep one at 64 images or fewer (256 for the small sets)")
@@ -781,7 +782,7 @@ class BadFiles:
         return ", ".join(sorted({path for paths in lists for path in paths}))
 
 
-def train(c, place, data, model, optimizer, scaler, start, progress):
+def train(c, place, data, model, optimizer, scaler, start, progress, log):
     """The loop: learning rate, forward, backward, step, log, save. Returns the exit code."""
     device, size, p, B, total = place.device, tuple(c["img_size"]), c["patch_size"], c["batch_size"], c["total_steps"]
     net = model
@@ -793,7 +794,6 @@ def train(c, place, data, model, optimizer, scaler, start, progress):
     k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
     views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device, workers=c["workers"])
-    log = Log(os.path.join(c["out"], "log.jsonl") if place.rank == 0 else os.devnull, start)
     signals, bad_files, leaving = Signals(), BadFiles(len(data), B), False
     since, waited, timed, speed = time.perf_counter(), 0.0, 0, 0.0
     bar = tqdm(total=total, initial=start, unit="step", disable=place.rank > 0, mininterval=1, dynamic_ncols=True)
@@ -898,16 +898,17 @@ def run(args):
         if state["scaler"] and scaler.is_enabled():             # --amp may change on the way
             scaler.load_state_dict(state["scaler"])
         start, progress = state["step"], state["progress"]
-    source, trouble = provenance(), ""
+    source, trouble, log = provenance(), "", None
     if main:
         try:
             os.makedirs(c["out"], exist_ok=True)
             write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(json.dumps({**c, **source}, indent=1).encode()))
-            Log(os.path.join(c["out"], "log.jsonl"), start)
+            log = Log(os.path.join(c["out"], "log.jsonl"), start)
         except OSError as error:
             trouble = f"--out {c['out']} cannot be written to: {error}"
     if agree([float(bool(trouble))], place)[0]:
         raise BadRequest(trouble)
+    log = log or Log(os.devnull, start)
     if main:
         print(f"{c['task']}: {c['model']} on {c['data']}, {len(data):,} images, view {c['view'][0]}x{c['view'][1]} -> input "
               f"{c['img_size'][0]}x{c['img_size'][1]}, " + ", ".join(f"{k} {v}" for k, v in c["settings"].items() if v is not None))
@@ -922,7 +923,7 @@ def run(args):
         print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
               f"seed {c['seed']}, commit {source['commit'] or 'none'}, "
               f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
-    code = train(c, place, data, model, optimizer, scaler, start, progress)
+    code = train(c, place, data, model, optimizer, scaler, start, progress, log)
     if main and code:
         print(f"stopped by signal {code - 128}, saved: --resume goes on")
     elif main:

@@ -240,7 +240,8 @@ ABLATIONS = [                                                   # Fig. 6 and Tab
     ["--task", "a2mim", "--freq_alpha", "0"], ["--task", "a2mim", "--freq_batch_mean"], ["--task", "a2mim", "--token_how", "scaled", "--token_at", "0"],
     ["--task", "a2mim", "--token_at", "none"], ["--task", "a2mim", "--fill", "token"], ["--task", "a2mim", "--relative_positions"],
     ["--task", "mask", "--relative_positions"], ["--task", "a2mim", "--token_at", "decoder"], ["--task", "blur", "--token_at", "middle"],
-    ["--task", "a2mim", "--mask_ratio", "0", "--model", "resnet18"],
+    ["--task", "a2mim", "--mask_ratio", "0", "--model", "resnet18"], ["--task", "mask", "--freq_weight", "0.5"],
+    ["--task", "zoom_in_mask", "--freq_weight", "0.5", "--loss", "l1"], ["--task", "zoom_in_mask", "--token_at", "middle", "--freq_alpha", "2", "--freq_weight", "1"],
 ]
 
 
@@ -250,10 +251,10 @@ def test_every_ablation_of_fig_6_and_table_5(flags, run, tmp_path):
     code, _, complaint = run(*flags, *size, "--steps", 1)
     assert code == 0, complaint
     config = json.load(open(tmp_path / "run" / "config.json"))
-    for name in ("token_at", "token_how", "fill", "freq_weight"):
+    for name in ("token_at", "token_how", "fill", "freq_weight", "freq_alpha", "loss"):
         if f"--{name}" in flags:
             asked, got = flags[flags.index(f"--{name}") + 1], {**config, **config["settings"]}[name]
-            assert str(got) == {"input": "0", "middle": "3", "0": "0" if name == "token_at" else "0.0"}.get(asked, asked)
+            assert str(got) == {"input": "0", "middle": "3", "0": "0" if name == "token_at" else "0.0", "1": "1.0", "2": "2" if name == "token_at" else "2.0"}.get(asked, asked)
 
 
 def test_clipping_bounds_the_gradient(run, tmp_path):
