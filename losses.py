@@ -91,35 +91,49 @@ def masked_l1(prediction, target, counted=None):
     return error.mean() if counted is None else (error * counted).sum() / counted.sum()
 
 
+def frequency_weight(distance, alpha=1.0):
+    """omega (A2 eq. 5) for |dF|^2 (B, C, H, W'): |dF|^alpha over its largest value in the image and channel, in [0, 1]."""
+    weight = distance.sqrt() if alpha == 1 else distance ** (alpha / 2)
+    return weight.div_(weight.amax((2, 3), keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny))
+
+
+class _FocalFrequency(torch.autograd.Function):
+    """omega is a constant to the gradient, so that of sum omega |dF|^2 is twice the inverse transform of omega dF; and by
+    Parseval its product with the difference is the sum itself. One transform there and one back: several times as fast
+    as what autograd makes of it.
+    """
+
+    @staticmethod
+    def forward(ctx, prediction, target, counted, alpha, batch_mean):
+        difference = prediction - target
+        if batch_mean:                                                                 # transforms are linear
+            difference = difference.mean(0, keepdim=True)
+        spectrum = torch.fft.rfft2(difference, norm="ortho")                           # dF: (B, C, H, W / 2 + 1), by symmetry all
+        real, imaginary = torch.view_as_real(spectrum).unbind(4)
+        weight = frequency_weight(real.square().addcmul_(imaginary, imaginary), alpha)
+        torch.view_as_real(spectrum).mul_(weight[..., None])
+        filtered = torch.fft.irfft2(spectrum, s=difference.shape[2:], norm="ortho")    # (B, C, H, W)
+        value = torch.dot(difference.flatten(), filtered.flatten()) / difference.numel()
+        ctx.save_for_backward(filtered if counted is None else filtered * counted)
+        ctx.share, ctx.shape = 2 / prediction.numel(), prediction.shape
+        return value
+
+    @staticmethod
+    def backward(ctx, scale):
+        return (ctx.saved_tensors[0] * (scale * ctx.share)).expand(ctx.shape), None, None, None, None
+
+
 def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=False):
     """L_freq (A2 eq. 3-5, after Focal Frequency Loss, ICCV 2021): a scalar; prediction and target (B, C, H, W).
 
     The spectrum of [prediction where counted, *detached* prediction elsewhere] against the target's: omega |dF|^2,
     averaged over frequencies, channels and images. Orthonormal, so that |dF|^2 is of the size of a pixel's square error.
-    omega = |dF|^alpha over its largest value in the image and channel: in [0, 1], without gradient; alpha 0: 1 everywhere.
-    counted: (B or 1, 1, H, W) bool, None = all pixels.
+    counted: (B or 1, 1, H, W) bool, None = all pixels. alpha 0: omega is 1 everywhere (A2 Table 5, "w/o omega").
     batch_mean: compare spectra averaged over the batch (of one process), where errors of different images cancel.
     # differs from the authors' code: that is theirs; and it blends half of the target into the visible pixels.
     # differs from the paper: eq. 4 writes a norm, its text and FFL the square, which is ours; eq. 4 writes sums.
     """
-    prediction = prediction.float()
-    if counted is not None:
-        prediction = torch.where(counted, prediction, prediction.detach())
-    spectrum = torch.fft.rfft2(prediction - target, norm="ortho")                      # dF: (B, C, H, W / 2 + 1)
-    if batch_mean:
-        spectrum = spectrum.mean(0, keepdim=True)
-    distance = spectrum.real.square() + spectrum.imag.square()
-    # A real image's spectrum is symmetric: a column of this half stands for two, but for the first and an even W's last.
-    W = target.shape[3]
-    twice = torch.full((spectrum.shape[3],), 2.0, device=target.device)
-    twice[0], twice[W // 2] = 1.0, 2.0 - (W % 2 == 0)
-    return (frequency_weight(distance, alpha) * distance * twice).sum() / (target.shape[2] * W * distance.shape[0] * distance.shape[1])
-
-
-def frequency_weight(distance, alpha=1.0):
-    """omega (A2 eq. 5) for |dF|^2 (B, C, H, W'): |dF|^alpha, scaled to [0, 1] in each image and channel, detached."""
-    weight = distance.detach() ** (alpha / 2)
-    return weight / weight.amax((2, 3), keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return _FocalFrequency.apply(prediction.float(), target, counted, alpha, batch_mean)
 
 
 def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
@@ -158,7 +172,7 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
         goal = normalize_patches(patchify(target, p), norm, target.shape[1])
         spatial = {"mse": masked_mse, "l1": masked_l1}[loss](prediction, goal, counted)
         if freq_weight:
-            prediction, goal = (unpatchify(x, p, grid) for x in (prediction, goal))
+            prediction, goal = unpatchify(prediction, p, grid), target if norm == "off" else unpatchify(goal, p, grid)
             counted = None if counted is None else counted.view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
     else:
         goal, weight = zoom_targets(target, size, p, counted, norm, band_weight)

@@ -171,15 +171,23 @@ def test_its_gradient_is_only_where_hidden():
 
 
 def test_the_spectrum_weight_is_in_0_1_and_has_no_gradient():
-    distance = picture(2, 3, 8, 5).requires_grad_()
+    """omega is 1 at the largest error of each image and channel; the gradient is that of omega |dF|^2 with omega fixed."""
+    distance = picture(2, 3, 8, 5)
     for alpha in (0, 0.5, 1, 3):
         weight = L.frequency_weight(distance, alpha)
-        assert not weight.requires_grad and weight.min() >= 0 and (weight.amax((2, 3)) == 1).all()
-    x, y = picture(1, 1, 4, 4).requires_grad_(), picture(1, 1, 4, 4, seed=1)
-    (grad,) = torch.autograd.grad(L.focal_frequency(x, y), x)
-    F = torch.fft.fft2(x.detach() - y, norm="ortho")
-    omega = F.abs() / F.abs().max()
-    assert torch.allclose(grad, 2 * torch.fft.ifft2(omega * F, norm="ortho").real / 16, atol=1e-6)  # d(omega |F|^2), omega fixed
+        assert weight.min() >= 0 and (weight.amax((2, 3)) == 1).all()
+    x, y = picture(2, 2, 4, 5).double().requires_grad_(), picture(2, 2, 4, 5, seed=1).double()
+    F = torch.fft.fft2(x - y, norm="ortho")
+    omega = (F.abs() / F.abs().amax((2, 3), keepdim=True)).detach()
+    value = (omega * (F.real ** 2 + F.imag ** 2)).mean()
+    (want,) = torch.autograd.grad(3 * value, x)
+    (grad,) = torch.autograd.grad(3 * L.focal_frequency(x, y), x)
+    assert L.focal_frequency(x, y).item() == pytest.approx(value.item(), rel=1e-5) and torch.allclose(grad, want, rtol=1e-4, atol=1e-7)
+    F = torch.fft.fft2((x - y).mean(0, keepdim=True), norm="ortho")                                    # the batch's mean
+    omega = (F.abs() / F.abs().amax((2, 3), keepdim=True)).detach()
+    value = (omega * (F.real ** 2 + F.imag ** 2)).mean()
+    (want,), (grad,) = torch.autograd.grad(value, x), torch.autograd.grad(L.focal_frequency(x, y, batch_mean=True), x)
+    assert L.focal_frequency(x, y, batch_mean=True).item() == pytest.approx(value.item(), rel=1e-5) and torch.allclose(grad, want, rtol=1e-4, atol=1e-7)
 
 
 def test_errors_that_cancel_in_the_batch_average_are_seen_per_image():
@@ -215,6 +223,10 @@ def test_a_whole_view_takes_every_distance():
         error = (whole - goal).abs() if loss == "l1" else (whole - goal) ** 2
         assert values[0] == pytest.approx(float((error * weight).sum()), rel=1e-5)
         assert values[1] - values[0] == pytest.approx(float(L.focal_frequency(whole, goal, weight > 0)), rel=1e-4)
+    prediction.requires_grad_()
+    gradients = [torch.autograd.grad(L.recovery_loss(prediction, target, (8, 8), 4, counted, "off", freq_weight=w), prediction)[0] for w in (0, 1)]
+    visible = L.patchify(L.resize_area((weight == 0).float(), (8, 8)), 4).repeat_interleave(3, 2) == 1         # of the prediction, wholly in visible patches
+    assert visible.any() and all((g[visible] == 0).all() and (g[~visible] != 0).all() for g in gradients)
 
 
 def test_frequencies_are_float32_under_autocast():

@@ -295,7 +295,8 @@ def test_simmim_replaces_the_patch_embedding_and_keeps_positions():
     other[:, :, :32] = 0
     with torch.no_grad():
         assert torch.equal(model(x, hidden), model(other, hidden)) and not torch.equal(model(x, hidden), model(x, hidden.flip(1)))
-        seen = trail(model, x, hidden)[0]
+        seen, out = trail(model, x, hidden)[0], model(x, hidden)[0]
+    assert not torch.allclose(out[0], out[1], atol=1e-4)                                       # two hidden patches, two places
     assert torch.equal(seen[0, 1:33], model.mask_token[0].expand(32, -1))
 
 
