@@ -401,6 +401,8 @@ def test_dropped_patches_keep_their_relative_positions():
 
 
 def test_relative_position_tables_are_resized():
+    sideways = torch.cat([torch.arange(-3., 4).repeat(7), torch.zeros(3)])[:, None]                   # the bias is dx, whatever dy
+    assert torch.allclose(M.resize_relative(sideways, (6, 4))[:-3, 0], torch.arange(-3., 4).repeat(11), atol=1e-5)
     source = M.ViT(32, 8, 32, 1, 2, relative_positions=True)
     torch.nn.init.normal_(source.blocks[0].attn.relative_position_bias_table)
     table = source.blocks[0].attn.relative_position_bias_table.data
