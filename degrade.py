@@ -442,7 +442,9 @@ def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **s
         grid = tuple(side // patch_size for side in size)
         hidden = MASKS[values["mask_kind"]](len(view), grid, values["mask_ratio"], values["mask_unit"], generator, part=part)
         if not hidden[0].any():
-            raise ValueError(f"mask ratio {values['mask_ratio']} hides none of {grid[0]}x{grid[1]} patches: choose a larger one, or 0")
+            unit = values["mask_unit"]
+            raise ValueError(f"mask ratio {values['mask_ratio']} hides none of {grid[0] // unit}x{grid[1] // unit} cells of "
+                             f"{unit}x{unit} patches: choose a larger one, or 0, or smaller cells or patches")
         hidden = hidden.to(view.device, non_blocking=True)
     values.update(size=size, generator=generator, part=part)
     inputs = row.picture(view, **{k: values[k] for k in inspect.signature(row.picture).parameters if k in values})

@@ -93,8 +93,8 @@ def masked_l1(prediction, target, counted=None):
 
 def frequency_weight(distance, alpha=1.0):
     """omega (A2 eq. 5) for |dF|^2 (B, C, H, W'): |dF|^alpha over its largest value in the image and channel, in [0, 1]."""
-    weight = distance.sqrt() if alpha == 1 else distance ** (alpha / 2)
-    return weight.div_(weight.amax((2, 3), keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny))
+    share = distance / distance.amax((2, 3), keepdim=True).clamp(min=torch.finfo(distance.dtype).tiny)
+    return share.sqrt_() if alpha == 1 else share.pow_(alpha / 2)
 
 
 class _FocalFrequency(torch.autograd.Function):

@@ -14,6 +14,7 @@ B batch, C channels, H x W pixels, p patch size, N = (H/p)(W/p) patches, D width
 hidden (B, N) bool: True = the encoder does not see this patch.
 """
 import argparse
+import math
 import os
 from typing import NamedTuple
 
@@ -209,7 +210,8 @@ class ViT(Normalized):
         """images (B, C, H, W) in [0, 1], hidden (B, N) bool, the same count in every row -> (B, 1 + visible, D).
 
         Hidden patches are dropped before the projection: nothing of them reaches the encoder.
-        after(l, z) -> z stands behind the projection (l = 0, before positions are added) and each block l = 1 .. L.
+        after(l, z) -> z stands behind the projection (l = 0, before positions are added) and each block l = 1 .. L: where
+        a mask token enters, and where an analysis looks.
         """
         B, C, p, (gh, gw) = images.shape[0], self.channels, self.patch_size, self.grid
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)
@@ -258,9 +260,11 @@ class BatchNorm(nn.BatchNorm2d):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         n, values = dist.get_world_size(), x.float()
-        moments = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])       # (2, C)
-        mean, square = SumOverProcesses.apply(moments) / n
-        variance = (square - mean * mean).clamp(min=0)
+        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+        here = (torch.arange(n, device=x.device) == dist.get_rank()).view(n, 1, 1)
+        moments = SumOverProcesses.apply(here * torch.stack([mean, variance]))                 # (processes, 2, C)
+        mean = moments[:, 0].mean(0)
+        variance = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             count = n * x.numel() / x.shape[1]
@@ -268,7 +272,7 @@ class BatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+        return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
 def convolution(channels, out, kernel, stride=1):
@@ -342,8 +346,14 @@ class ResNet(Normalized):
     def encode(self, images, after=unchanged):
         """images (B, C, H, W) in [0, 1] -> the last feature map (B, D, H / 32, W / 32).
 
-        after(l, z) -> z stands behind the stem (l = 0) and each stage l = 1 .. 4.
+        after(l, z) -> z stands behind the stem (l = 0) and each stage l = 1 .. 4, as a ViT's behind its blocks.
         """
+        device = images.device.type
+        if device == "cpu" and images.shape[2] > images.shape[3] == 32 and torch.is_autocast_enabled(device):
+            # Up to torch 2.14, AMX convolutions (3x3, stride 2) of a map 2 wide and 3 or more high return memory that
+            # nobody wrote: stage 4 of such an image. In float32 they are right.
+            with torch.autocast(device, enabled=False):
+                return self.encode(images, after)
         z = F.relu(self.bn1(self.conv1(self.normalize(images))), inplace=True)         # (B, 64, H / 2, W / 2)
         z = after(0, F.max_pool2d(z, 3, 2, padding=1))                                 # (B, 64, H / 4, W / 4)
         for l, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
@@ -397,7 +407,7 @@ class EncoderDecoder(ViT):
 # A2: a mask token in the feature maps, a linear head
 # ---------------------------------------------------------------------------------------------------
 
-class TokenInside:
+class MaskTokenMixin:
     """A2 section 4 for any backbone: after layer `token_at`, z <- z + T * D(M); then one linear layer to pixels.
 
     T: the mask token, one vector. D(M) in [0, 1]: the hidden patches at the size of the feature map.
@@ -406,7 +416,7 @@ class TokenInside:
     # it adds T, nearly a replacement; and has T after the projection (layer 0) of its ImageNet ViTs. Here: "scaled", 0.
     """
 
-    def put_token(self, token_at, token_how, *shape):
+    def add_mask_token(self, token_at, token_how, *shape):
         """token_at: 0 (after the projection or stem), 1 .. L, or None for no token. shape: T's, broadcast to z."""
         self.token_at, self.token_how = token_at, token_how
         self.mask_token = self.mask_token_scale = None
@@ -415,7 +425,7 @@ class TokenInside:
         if token_at is not None and token_how == "scaled":
             self.mask_token_scale = nn.Parameter(torch.full(shape, 1e-6))
 
-    def enter(self, z, mask):
+    def inject(self, z, mask):
         """The token into features z where `mask`, D(M), says."""
         token, kept = self.mask_token.to(z.dtype) * mask, z
         if self.token_how == "replace":
@@ -431,37 +441,41 @@ class TokenInside:
         """
         def after(layer, z):
             here = token and hidden is not None and layer == self.token_at
-            return self.enter(z, self.mask_at(z, hidden)) if here else z
+            return self.inject(z, self.downsample(z, hidden)) if here else z
         return self.predict(self.encode(images, after=after))
 
 
-class TokenViT(TokenInside, ViT):
+class TokenViT(MaskTokenMixin, ViT):
     """SimMIM's and A2's ViT: all patches go through the encoder."""
 
     def __init__(self, *args, token_at=5, token_how="add", **more):
         super().__init__(*args, **more)
         self.decoder_pred = nn.Linear(self.dim, self.patch_size ** 2 * self.channels)
         self._init(self.decoder_pred)
-        self.put_token(token_at, token_how, 1, 1, self.dim)
+        self.add_mask_token(token_at, token_how, 1, 1, self.dim)
 
-    def mask_at(self, z, hidden):
+    def downsample(self, z, hidden):
         return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)                           # (B, 1 + N, 1), never the cls token
 
     def predict(self, z):
         return self.decoder_pred(z[:, 1:])                                             # (B, N, p p C)
 
 
-class TokenResNet(TokenInside, ResNet):
+class TokenResNet(MaskTokenMixin, ResNet):
     """SimMIM's and A2's ResNet: a 1x1 convolution, its channels shuffled into the 32x32 pixels of a position."""
 
     def __init__(self, *args, token_at=RESNET_STAGE, token_how="add", **more):
         super().__init__(*args, **more)
         self.decoder_pred = nn.Conv2d(self.dim, self.stride ** 2 * self.channels, 1)
-        self.put_token(token_at, token_how, 1, self.widths[token_at or 0], 1, 1)
+        self.add_mask_token(token_at, token_how, self.widths[token_at or 0], 1, 1)
 
-    def mask_at(self, z, hidden):
+    def downsample(self, z, hidden):
         """D: each position's hidden share, (B, 1, h, w). 0 or 1 where a position is no larger than a mask cell."""
-        return F.interpolate(hidden.view(-1, 1, *self.grid).float(), z.shape[2:], mode="area").to(z.dtype)
+        mask, shrink = hidden.view(-1, 1, *self.grid), []
+        for dim, n in ((2, z.shape[2]), (3, z.shape[3])):                              # up to a common multiple, then averaged
+            common = math.lcm(n, mask.shape[dim])
+            mask, shrink = mask.repeat_interleave(common // mask.shape[dim], dim), shrink + [common // n]
+        return F.avg_pool2d(mask.float(), shrink).to(z.dtype)
 
     def predict(self, z):
         B, C, p = z.shape[0], self.channels, self.patch_size
@@ -493,8 +507,9 @@ def token_layer(name, token_at):
 def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add", decoder=None, relative_positions=False):
     """A model of MODELS that recovers an image: images (B, C, H, W), hidden (B, N) -> patches (B, N, p p C).
 
-    token_at: as in token_layer; None: "decoder", for a ResNet "middle". "decoder": an EncoderDecoder, its decoder "DEPTHxWIDTHxHEADS" (MAE's is 8x512x16) or
-    the default; else a TokenViT or a TokenResNet, which have none. ValueError for what a model cannot have.
+    token_at: as in token_layer; None is "decoder", for a ResNet "middle". At the decoder the model is an EncoderDecoder,
+    else a TokenViT or a TokenResNet. decoder: "DEPTHxWIDTHxHEADS" (MAE's is 8x512x16), only where there is one.
+    ValueError for what a model cannot have.
     """
     layer = token_layer(name, token_at if token_at is not None else "middle" if name in RESNETS else "decoder")
     if layer != "decoder" and decoder:
@@ -590,15 +605,18 @@ def resize_relative(table, grid):
 def load_weights(model, source):
     """Load a path or a state dict (ours, the MAE repository's, timm's or torchvision's names) into `model` -> Loaded.
 
-    Position embeddings and relative position tables of another image size are resized. A head of another shape is left
-    out, and so is what recovers the image when the weights recover it in another way. ValueError when a backbone
-    parameter has another shape, or when none of the backbone was found.
+    Position embeddings and relative position tables of another number of patches are resized, from a square image's. A
+    head of another shape is left out, and so is what recovers the image when the weights recover it in another way.
+    ValueError when a backbone parameter has another shape, or when none of the backbone was found.
     """
     state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     own, resized = model.state_dict(), []
+    other_way = ("decoder_embed.weight" in state) != ("decoder_embed.weight" in own)       # of recovering: none of it fits
+    unused = [n for n in state if other_way and n.startswith(RECOVERY)]
+    state = {n: v for n, v in state.items() if n not in unused}
     for name in [n for n in state if n in own and state[n].shape != own[n].shape]:
         if name.endswith("pos_embed") and state[name].shape[2] == own[name].shape[2]:
             state[name] = resize_positions(state[name], model.grid)
@@ -606,10 +624,10 @@ def load_weights(model, source):
         elif name.endswith("relative_position_bias_table") and state[name].shape[1] == own[name].shape[1]:
             state[name] = resize_relative(state[name], model.grid)
             resized.append(name)
-        elif name.startswith(("head.", "fc.")) or name.startswith(RECOVERY) and not ("decoder_embed.weight" in state and "decoder_embed.weight" in own):
+        elif name.startswith(("head.", "fc.")) or name.startswith(RECOVERY) and "decoder_embed.weight" not in own:
             del state[name]
         else:
-            options = "--decoder (MAE's is 8x512x16)" if name.startswith(RECOVERY) else "--model and --patch_size"
+            options = "--decoder (MAE's is 8x512x16)" if name.startswith(RECOVERY) else "--model, --patch_size and kind of --data (grey or colour)"
             raise ValueError(f"{name} is {tuple(state[name].shape)} in the weights and {tuple(own[name].shape)} in the model: "
                              f"choose the {options} the weights were made with")
     loaded = [n for n in state if n in own]
@@ -617,7 +635,7 @@ def load_weights(model, source):
         raise ValueError(f"none of the backbone is in these weights: they have {', '.join(list(state)[:4]) or 'no tensors'} ..., "
                          f"the model {', '.join(list(own)[:4])} ...")
     model.load_state_dict(state, strict=False)
-    return Loaded(loaded, [n for n in own if n not in state], [n for n in state if n not in own], resized)
+    return Loaded(loaded, [n for n in own if n not in state], [n for n in state if n not in own] + unused, resized)
 
 
 def export(state):

@@ -76,7 +76,7 @@ def recipe_of(data, paper, model=None):
     kind = "shapes" if data == "shapes" else "small" if data in TORCHVISION else "folder"
     row = dict(RECIPES[kind, paper])
     model = model or row["model"]
-    for whose in (model.rstrip("0123456789").split("_")[0], model):
+    for whose in ("resnet" if model in models.RESNETS else "vit", model):
         row.update(RECIPES.get((kind, paper, whose), {}))
     return row
 
@@ -554,9 +554,9 @@ def options():
     o("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop; default: 0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1")
     m = p.add_argument_group("where the mask token enters").add_argument
     m("--token_at", metavar="PLACE", help="decoder (a ViT's only: hidden patches are dropped, MAE), input (as 0), middle, none, or the layer or stage it follows, "
-      "0: the projection or stem; default: decoder for BM's tasks, input for simmim, else middle, and for any ResNet: ViT-S 5, ViT-B 8, stage 3")
+      "0: the projection or stem; default: decoder for BM's tasks (a ResNet: middle), input for simmim, middle for a2mim; middle is ViT-S 5, ViT-B 8, stage 3")
     m("--token_how", choices=models.TOKEN_HOWS, help="added to the features, instead of them, or (A2's code) added to them times a learned factor "
-      "that starts at 1e-6; default: add, for simmim replace")
+      "that starts at 1e-6; default: add, for simmim and --fill token replace")
     m("--decoder", metavar="DEPTHxWIDTHxHEADS", help="default: 4x384x6 (BM), 2x64x2 for vit_micro; MAE's is 8x512x16")
     m("--relative_positions", action="store_true", help="a relative position bias in the ViT, learned from zero (A2 A.2)")
     l = p.add_argument_group("the loss").add_argument
@@ -603,6 +603,9 @@ def resolve(args, place, length, channels):
         raise BadRequest(f"--{stray[0]} does nothing in task {c['task']}: it takes {', '.join('--' + k for k in taken)}")
     chosen = {k: v if given[k] is None else given[k] for k, v in taken.items()}
     c["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    idle = [k for k in ("fill", "mask_kind", "mask_unit", "token_how") if (given[k] if k in given else c[k])]
+    if idle and not chosen["mask_ratio"]:
+        raise BadRequest(f"--{idle[0]} does nothing with mask ratio 0: add --mask_ratio 0.75, or leave it out")
     _resolve_token(c, row, given["fill"])
     _resolve_loss(c, row)
     positive = ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every")
@@ -611,7 +614,7 @@ def resolve(args, place, length, channels):
             raise BadRequest(f"--{name} {c[name]} must be more than 0, and finite")
     for name in ("weight_decay", "seed", "workers", "warmup", "clip", "freq_weight", "freq_alpha"):
         if c[name] is not None and not 0 <= c[name] < math.inf:
-            raise BadRequest(f"--{name} {c[name]} must not be negative")
+            raise BadRequest(f"--{name} {c[name]} must not be negative, and finite")
     if not 0 < c["crop"][0] <= c["crop"][1] <= 1:
         raise BadRequest(f"--crop {c['crop'][0]} {c['crop'][1]} must be 0 < MIN <= MAX <= 1")
     if not all(0 <= beta < 1 for beta in c["betas"]):
@@ -640,6 +643,9 @@ def resolve(args, place, length, channels):
     c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device))
     try:                                                        # one small batch through the whole request
         c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
+        if c["model"] in models.RESNETS and world * c["images_per_process"] * size[0] * size[1] < 2 * models.ResNet.stride ** 2:
+            raise ValueError(f"batch of 1 at {size[0]}x{size[1]}: batch norm has nothing to average over in a last feature map of 1x1; "
+                             "choose a larger --batch_size, a smaller --accum or a larger --img_size")
         few = torch.zeros(2 - c["images_per_process"] % 2, channels, *c["view"])                # odd if the batches are
         degrade.degrade(few, c["task"], tuple(size), c["patch_size"], seeded(0), **c["settings"])
     except ValueError as error:
@@ -650,24 +656,31 @@ def resolve(args, place, length, channels):
 def _resolve_token(c, row, fill):
     """--token_at, --token_how, --fill (as given) and --decoder settle each other; the task's row says the rest."""
     resnet, asked = c["model"] in models.RESNETS, c["token_at"]
-    at = asked or ("input" if fill == "token" else "middle" if resnet and row.token_at == "decoder" else row.token_at)
+    if fill == "token":
+        at = asked or "input"
+    elif fill and row.fill == "token":                          # simmim's hidden cells get a colour instead of the token (A2 5.4)
+        at = asked or "none"
+    else:
+        at = asked or ("middle" if resnet and row.token_at == "decoder" else row.token_at)
     try:
         layer = models.token_layer(c["model"], at)
     except ValueError as error:
         raise BadRequest(f"--{str(error).replace('token at', 'token_at', 1)}")
+    if layer in ("decoder", None) and c["token_how"]:
+        raise BadRequest(f"--token_how {c['token_how']} does nothing with --token_at {at}: it is for a layer or stage")
+    if layer not in ("decoder", None):
+        c["token_how"] = c["token_how"] or ("replace" if fill == "token" or row.fill == "token" else "add")
     if fill == "token" and layer != 0:
         raise BadRequest(f"--fill token is the mask token at the input, --token_at {asked} puts it elsewhere: choose one of the two, or --fill mean")
     if layer == "decoder" and fill:
         raise BadRequest(f"--fill {fill} does nothing with the token at the decoder: hidden patches are dropped; add --token_at middle")
-    if layer in ("decoder", None) and c["token_how"]:
-        raise BadRequest(f"--token_how {c['token_how']} does nothing with --token_at {at}: it is for a layer or stage")
+    if layer == 0 and fill in ("mean", "zero") and c["token_how"] == "replace" and not resnet:
+        raise BadRequest(f"--fill {fill} does nothing where the token replaces a ViT's patches at the input: add --token_at none, or --token_how add")
     if layer == "decoder":
         c["decoder"] = c["decoder"] or "x".join(map(str, models.VITS[c["model"]][1]))
         c["settings"]["fill"] = None
     elif not fill:                                              # simmim's token in another place leaves the mean colour
         c["settings"]["fill"] = row.fill if row.fill and (row.fill != "token" or layer == 0) else "mean"
-    if layer not in ("decoder", None):
-        c["token_how"] = c["token_how"] or ("replace" if "token" in (fill, row.fill) else "add")
     c["token_at"] = "none" if layer is None else layer
 
 
@@ -679,12 +692,18 @@ def _resolve_loss(c, row):
     if not c["freq_weight"] and (c["freq_alpha"] is not None or c["freq_batch_mean"]):
         name = "freq_batch_mean" if c["freq_batch_mean"] else f"freq_alpha {c['freq_alpha']}"
         raise BadRequest(f"--{name} does nothing without the frequency loss: add --freq_weight 0.5")
-    if row.target != "whole" and c["band_weight"] is not None:
-        raise BadRequest(f"--band_weight {c['band_weight']} does nothing in task {c['task']}: only a whole view has an outer band")
+    if c["band_weight"] is not None and (row.target != "whole" or c["settings"]["view_size"] == c["img_size"][0]):
+        raise BadRequest(f"--band_weight {c['band_weight']} does nothing here: only a whole view larger than the input has an outer band")
     c["freq_alpha"] = 1.0 if c["freq_alpha"] is None else c["freq_alpha"]
     c["band_weight"] = 0.2 if c["band_weight"] is None else c["band_weight"]
     if not 0 <= c["band_weight"] <= 1:
         raise BadRequest(f"--band_weight {c['band_weight']} is outside [0, 1]")
+
+
+def build(c):
+    """The model that the configuration settles, with fresh weights. ValueError for what it cannot have."""
+    return models.recovery_model(c["model"], c["img_size"], c["patch_size"], c["channels"], c["token_at"], c["token_how"] or "add",
+                                 c["decoder"], c["relative_positions"])
 
 
 def the_loss(c):
@@ -712,7 +731,8 @@ def provenance():
 @torch.no_grad()
 def draw_picture(model, data, c, device):
     """view | what the encoder sees | recovered, of eight images, two a row: a Pillow picture, or None if the
-    prediction is not finite. Where a mask token enters inside the encoder: | recovered without it (A2 Fig. A3), too.
+    prediction is not finite. Where a mask token enters inside the encoder, also | all that is predicted, visible patches
+    too | the same without the token (A2 Fig. A3).
     """
     size, p = tuple(c["img_size"]), c["patch_size"]
     view = data.picture_views(8, tuple(c["view"])).to(device)
@@ -726,9 +746,10 @@ def draw_picture(model, data, c, device):
     if not predictions[0].isfinite().all():
         return None
     recovered = [losses.recovered_picture(x, model.normalize(d.target), size, p, c["norm_target"]) for x in predictions]
-    recovered = [degrade.paste_visible(model.denormalize(x), d, p) for x in recovered]
+    recovered = [model.denormalize(x) for x in recovered]
+    recovered = [degrade.paste_visible(recovered[0], d, p)] + (recovered if inside else [])
     star = "*" if c["norm_target"] != "off" else ""
-    titles = ("view", "encoder sees", "recovered" + star, "without token" + star)[:2 + len(recovered)]
+    titles = ["view", "encoder sees", *(t + star for t in ("recovered", "all predicted", "without token"))][:2 + len(recovered)]
     note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if star else ""
     halves = [x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in (d.target, degrade.seen(d, p), *recovered)]
     return degrade.sheet(halves, titles * 2, note)
@@ -863,8 +884,7 @@ def run(args):
     c = resolve(args, place, len(data), data.channels)
     torch.manual_seed(c["seed"])
     try:
-        model = models.recovery_model(c["model"], c["img_size"], c["patch_size"], data.channels, c["token_at"], c["token_how"] or "add",
-                                      c["decoder"], c["relative_positions"])
+        model = build(c)
         if c["weights"] != "none":
             report = models.load_weights(model, c["weights"])
             if main:
@@ -915,11 +935,14 @@ def run(args):
         print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
-        token = {"decoder": f"the decoder {c['decoder']}", "none": "no place"}.get(c["token_at"], f"layer {c['token_at']} ({c['token_how']})")
+        resnet = c["model"] in models.RESNETS
+        token = {"decoder": f"mask token at the decoder {c['decoder']}", "none": "no mask token"}.get(
+            c["token_at"], f"mask token after {'stage' if resnet else 'layer'} {c['token_at']} ({c['token_how']})")
+        token = token if c["settings"]["mask_ratio"] or c["decoder"] else "nothing hidden"
         frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{', batch mean' if c['freq_batch_mean'] else ''})" if c["freq_weight"] else ""
-        print(f"mask token at {token}, loss {c['loss']} of pixels, normalised: {c['norm_target']}{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, "
+        print(f"{token}, loss {c['loss']} of pixels, normalised: {c['norm_target']}{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, "
               f"gradient clip {c['clip'] or 'off'}{', relative positions' if c['relative_positions'] else ''}")
-        kernel = "convolutions channels-last" if c["model"] in models.RESNETS else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
+        kernel = "convolutions channels-last" if resnet else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
         print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
               f"seed {c['seed']}, commit {source['commit'] or 'none'}, "
               f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)

@@ -65,7 +65,7 @@ def make_step(*flags, compiled=False, channels_last=True):
     """
     c = pretrain.resolve(pretrain.options().parse_args(list(flags)), place, 10 ** 6, 3)
     S, patch, batch = tuple(c["img_size"]), c["patch_size"], c["batch_size"]
-    model = models.recovery_model(c["model"], S, patch, 3, c["token_at"], c["token_how"] or "add", c["decoder"])
+    model = pretrain.build(c)
     model = models.to_device(model, device) if channels_last else model.to(device)
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-4, betas=tuple(c["betas"]), fused=True)
     view = torch.rand(batch, 3, *c["view"], device=device)

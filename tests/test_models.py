@@ -280,7 +280,7 @@ def test_adding_replacing_and_the_authors_scaling():
     at = mask[0, :, 0].bool()
     for how in M.TOKEN_HOWS:
         model = M.TokenViT(16, 8, 8, 2, 2, token_at=1, token_how=how)
-        T, out = model.mask_token[0, 0], model.enter(z, mask)
+        T, out = model.mask_token[0, 0], model.inject(z, mask)
         wanted = {"add": z[0, at] + T, "replace": T.expand(2, -1), "scaled": 1e-6 * z[0, at] + T}[how]
         assert torch.equal(out[0, ~at], z[0, ~at]) and torch.allclose(out[0, at], wanted, atol=1e-9)
         assert ("mask_token_scale" in model.state_dict()) == (how == "scaled")
@@ -306,7 +306,7 @@ def test_the_mask_at_stage_resolution_is_exact(size, patch, unit):
     import degrade
     model = M.recovery_model("resnet18", size, patch)
     hidden = degrade.random_mask(3, size // patch, 0.6, unit, torch.Generator().manual_seed(0))
-    mask = model.mask_at(torch.zeros(3, 256, size // 16, size // 16), hidden)
+    mask = model.downsample(torch.zeros(3, 256, size // 16, size // 16), hidden)
     assert mask.shape == (3, 1, size // 16, size // 16) and set(mask.unique().tolist()) == {0, 1}
     pixels = degrade.patch_pixels(hidden, patch, model.grid)
     assert torch.equal(mask.bool().repeat_interleave(16, 2).repeat_interleave(16, 3), pixels)
@@ -315,7 +315,24 @@ def test_the_mask_at_stage_resolution_is_exact(size, patch, unit):
 def test_a_position_larger_than_a_cell_gets_the_hidden_share():
     model = M.recovery_model("resnet18", 32, 8)
     hidden = torch.tensor([1, 0, 0, 0] + [0, 1, 1, 1] + [1, 1, 0, 0] + [1, 1, 0, 0], dtype=torch.bool)[None]
-    assert model.mask_at(torch.zeros(1, 256, 2, 2), hidden).flatten().tolist() == [0.5, 0.5, 1, 0]
+    assert model.downsample(torch.zeros(1, 256, 2, 2), hidden).flatten().tolist() == [0.5, 0.5, 1, 0]
+    model = M.recovery_model("resnet18", 96, 12)                                               # 8 columns onto 6
+    hidden = (torch.arange(64) % 8 == 1)[None]
+    assert torch.allclose(model.downsample(torch.zeros(1, 256, 6, 6), hidden)[0, 0, 0], torch.tensor([.25, .5, 0, 0, 0, 0]))
+    model = M.recovery_model("resnet18", (64, 96), 32)                                         # 2 x 3 patches onto 4 x 1
+    assert model.downsample(torch.zeros(1, 256, 4, 1), torch.tensor([[True, False, False, True, True, False]])).flatten().tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (32, 64), (96, 32), (64, 64)])
+def test_lower_precision_changes_little(size):
+    """bf16 on a CPU, down to feature maps one pixel wide (where some of torch's kernels are wrong)."""
+    torch.manual_seed(0)
+    model, x = M.to_device(M.recovery_model("resnet18", size, 8), torch.device("cpu")), torch.rand(4, 3, *size)
+    with torch.no_grad():
+        want = model.train()(x, hidden(4, size[0] * size[1] // 64))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(x, hidden(4, size[0] * size[1] // 64))
+    assert (got - want).abs().mean() < 0.15 * want.abs().mean()
 
 
 @pytest.mark.parametrize("name, at", [("vit_tiny", 5), ("vit_small", 5), ("vit_base", 8), *((n, 3) for n in M.RESNETS)])
@@ -418,8 +435,10 @@ def test_relative_position_tables_are_resized():
 # weights between the two ways of recovering ---------------------------------------------------------------
 
 def test_a_backbone_goes_from_one_way_of_recovering_to_the_other():
-    mae, token = small(), M.TokenViT(32, 8, 32, 2, 2)
-    for source, target in ((mae, token), (token, mae)):
+    pairs = [(small(decoder_dim=d), M.TokenViT(32, 8, 32, 2, 2)) for d in (16, 32)]             # 32: every shape agrees
+    for source, target in [pair[::step] for pair in pairs for step in (1, -1)]:
+        before = target.mask_token.clone()
         report = M.load_weights(target, source.state_dict())
         assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+        assert torch.equal(target.mask_token, before) and "mask_token" in report.unexpected
         assert {"mask_token", "decoder_pred.weight"} <= set(report.missing) and not any(n.startswith("blocks") for n in report.missing)

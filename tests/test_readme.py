@@ -62,7 +62,7 @@ def test_the_commands_for_a_folder(text, folder, tmp_path):
 def test_the_command_for_a_resnet_on_the_built_in_pictures(tmp_path):
     command = next(c for c in COMMANDS if "resnet18" in c)
     done = subprocess.run([*in_this_python(command), "--steps", "3", "--batch_size", "16", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "mask token at layer 3 (add), loss l1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "mask token after stage 3 (add), loss l1" in done.stdout, done.stderr
 
 
 def test_the_command_for_two_machines(folder, tmp_path):
