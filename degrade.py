@@ -520,10 +520,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One picture of every task.", allow_abbrev=False)
     parser.add_argument("image", nargs="?", help="an image file; default: a drawn scene")
     parser.add_argument("--out", default="tasks.png", help="default: tasks.png")
-    parser.add_argument("--size", type=int, default=224, help="input size in pixels, a multiple of 32, A2's mask cell; default: 224")
+    parser.add_argument("--size", type=int, default=224, help="input size in pixels, a multiple of 32, A2's mask cell, 64 or more; default: 224")
     args = parser.parse_args(argv)
-    if args.size < 32 or args.size % 32:
-        parser.exit(2, f"degrade.py: --size {args.size} is not a multiple of 32\n")
+    if args.size < 64 or args.size % 32:
+        parser.exit(2, f"degrade.py: --size {args.size} is not a multiple of 32, 64 or more\n")
     if args.image:
         import numpy
         from PIL import Image, ImageOps

@@ -337,7 +337,7 @@ def test_the_demo_writes_one_picture_with_every_task(tmp_path, capsys):
     said = capsys.readouterr().out
     assert Image.open(tmp_path / "b.png").width == len(D.TASKS) * 68 + 4 and all(task in said for task in D.TASKS)
     (tmp_path / "bad.jpg").write_text("no picture")
-    for wrong in ([str(tmp_path / "bad.jpg")], ["--size", "100"], ["--size", "0"], ["--out", str(tmp_path / "nowhere/x.png")]):
+    for wrong in ([str(tmp_path / "bad.jpg")], ["--size", "100"], ["--size", "32"], ["--size", "0"], ["--out", str(tmp_path / "nowhere/x.png")]):
         with pytest.raises(SystemExit) as stop:
             D.main(wrong)
         assert stop.value.code == 2

@@ -195,7 +195,7 @@ def test_a_task_is_one_function_and_one_row(run, monkeypatch, tmp_path, capfd):
     code, said, complaint = run("--task", "negative", "--strength", 0.5, "--steps", 2)
     assert code == 0 and "strength 0.5" in said, complaint
     assert "colours turned round" in P.options().format_help() and "--strength" in P.options().format_help()
-    degrade.main(["--out", str(tmp_path / "t.png"), "--size", "32"])
+    degrade.main(["--out", str(tmp_path / "t.png"), "--size", "64"])
     assert "negative" in capfd.readouterr().out
 
 
