@@ -380,7 +380,7 @@ SETTINGS = {
     "mask_ratio": (float, "share of the patches that are hidden, in [0, 1)"),
     "mask_unit": (int, "patches a mask cell spans per side; A2's 32 px are 2 patches of 16"),
     "mask_kind": (tuple(MASKS), "random patches hidden; or all but one block; or all but the central block"),
-    "fill": (FILLS, "what hidden patches are filled with: the image's mean colour, the normalisation's zero, or the mask token at the input"),
+    "fill": (FILLS, "what hidden patches are filled with: the image's mean colour, the normalisation's zero, or the mask token at the input; a2mim, and any task whose encoder keeps its hidden patches: mean"),
     "view_size": (int, "height of the view in pixels; above the input's, the task works on the larger picture"),
     "zoom_size": (number_or_rand, "zoom_in: pixels of the view that fill the canvas; zoom_out: pixels the view is shrunk to, or rand"),
     "zoom_at": (("center", "random"), "where zoom_in looks"),

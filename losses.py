@@ -99,8 +99,7 @@ def frequency_weight(distance, alpha=1.0):
 
 class _FocalFrequency(torch.autograd.Function):
     """omega is a constant to the gradient, so that of sum omega |dF|^2 is twice the inverse transform of omega dF; and by
-    Parseval its product with the difference is the sum itself. One transform there and one back: several times as fast
-    as what autograd makes of it.
+    Parseval its product with the difference is the sum itself. One transform there and one back, and little kept.
     """
 
     @staticmethod
@@ -131,7 +130,8 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
     counted: (B or 1, 1, H, W) bool, None = all pixels. alpha 0: omega is 1 everywhere (A2 Table 5, "w/o omega").
     batch_mean: compare spectra averaged over the batch (of one process), where errors of different images cancel.
     # differs from the authors' code: that is theirs; and it blends half of the target into the visible pixels.
-    # differs from the paper: eq. 4 writes a norm, its text and FFL the square, which is ours; eq. 4 writes sums.
+    # differs from the paper: eq. 3 is not orthonormal, eq. 4 writes a norm and sums, eq. 5 does not scale omega. Its text
+    # says mean square error, and FFL, which it cites, has all four as they are here; lambda is meant for these.
     """
     return _FocalFrequency.apply(prediction.float(), target, counted, alpha, batch_mean)
 

@@ -78,7 +78,7 @@ def fused_attention(device):
 def attend(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v for (B, heads, N, d), by the kernel that is fastest on the device."""
     if fused_attention(q.device):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype).contiguous())
     scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)
     return (scores if bias is None else scores + bias.to(q.dtype)).softmax(dim=3) @ v
 
@@ -413,7 +413,7 @@ class MaskTokenMixin:
     T: the mask token, one vector. D(M) in [0, 1]: the hidden patches at the size of the feature map.
     token_how "add": the paper's. "replace": z <- z (1 - D(M)) + T D(M), SimMIM's.
     # differs from the authors' code: theirs scales the hidden features by a learned factor that starts at 1e-6 before
-    # it adds T, nearly a replacement; and has T after the projection (layer 0) of its ImageNet ViTs. Here: "scaled", 0.
+    # it adds T, nearly a replacement ("scaled"); and has T after the projection of its ImageNet ViTs (token_at 0).
     """
 
     def add_mask_token(self, token_at, token_how, *shape):
@@ -495,13 +495,13 @@ def token_layer(name, token_at):
     """
     resnet, deepest = name in RESNETS, 4 if name in RESNETS else VITS[name][0][1]
     if token_at == "decoder" and resnet:
-        raise ValueError(f"token at decoder: a {name} has to see every pixel, so it has no such decoder: choose input, middle, none or a stage 1 .. 4")
+        raise ValueError(f"--token_at decoder: a {name} has to see every pixel, so it has no such decoder: choose input, middle, none or a stage 1 .. 4")
     words = {"decoder": "decoder", "none": None, "input": 0, "middle": RESNET_STAGE if resnet else VITS[name][2]}
     if token_at in words:
         return words[token_at]
     if str(token_at).isdecimal() and int(token_at) <= deepest:
         return int(token_at)
-    raise ValueError(f"token at {token_at}: {name} takes {'' if resnet else 'decoder, '}input, middle, none or a {'stage' if resnet else 'layer'} 0 .. {deepest}")
+    raise ValueError(f"--token_at {token_at}: {name} takes {'' if resnet else 'decoder, '}input, middle, none or a {'stage' if resnet else 'layer'} 0 .. {deepest}")
 
 
 def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add", decoder=None, relative_positions=False):
@@ -605,8 +605,8 @@ def resize_relative(table, grid):
 def load_weights(model, source):
     """Load a path or a state dict (ours, the MAE repository's, timm's or torchvision's names) into `model` -> Loaded.
 
-    Position embeddings and relative position tables of another number of patches are resized, from a square image's. A
-    head of another shape is left out, and so is what recovers the image when the weights recover it in another way.
+    Position embeddings and relative position tables of another number of patches are resized, from a square image's;
+    of the same number they are taken as they are, so weights of 4x6 patches do not suit 6x4. A head of another shape is left out, and so is what recovers the image when the weights recover it in another way.
     ValueError when a backbone parameter has another shape, or when none of the backbone was found.
     """
     state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source

@@ -565,7 +565,8 @@ def options():
     l("--band_weight", type=float, help="weight of the outer band in zoom_in_mask, the centre's is one minus it; default: 0.2")
     l("--freq_weight", type=float, help="lambda, weight of the focal frequency loss (A2 eq. 6); default: 0, for a2mim 0.5")
     l("--freq_alpha", type=float, help="exponent of its weighting (A2 eq. 5), 0 is no weighting; default: 1")
-    l("--freq_batch_mean", action="store_true", help="compare spectra averaged over the batch of a process, as A2's code does; errors of different images cancel")
+    l("--freq_batch_mean", action="store_true", help="compare spectra averaged over the images a process holds at once, as A2's code does: errors of "
+      "different images cancel, and the run depends on --accum and the number of processes")
     tasks = p.add_argument_group("settings of the tasks", "default: the paper's best")
     for name, defaults in settings().items():
         default = next((v for v in defaults.values() if v is not None), None)
@@ -665,7 +666,7 @@ def _resolve_token(c, row, fill):
     try:
         layer = models.token_layer(c["model"], at)
     except ValueError as error:
-        raise BadRequest(f"--{str(error).replace('token at', 'token_at', 1)}")
+        raise BadRequest(str(error))
     if layer in ("decoder", None) and c["token_how"]:
         raise BadRequest(f"--token_how {c['token_how']} does nothing with --token_at {at}: it is for a layer or stage")
     if layer not in ("decoder", None):
@@ -676,6 +677,9 @@ def _resolve_token(c, row, fill):
         raise BadRequest(f"--fill {fill} does nothing with the token at the decoder: hidden patches are dropped; add --token_at middle")
     if layer == 0 and fill in ("mean", "zero") and c["token_how"] == "replace" and not resnet:
         raise BadRequest(f"--fill {fill} does nothing where the token replaces a ViT's patches at the input: add --token_at none, or --token_how add")
+    if layer != "decoder" and not c["settings"]["mask_ratio"]:  # nothing is hidden: no token, nothing to fill
+        c["token_at"], c["token_how"], c["settings"]["fill"] = "none", None, None
+        return
     if layer == "decoder":
         c["decoder"] = c["decoder"] or "x".join(map(str, models.VITS[c["model"]][1]))
         c["settings"]["fill"] = None
@@ -936,10 +940,10 @@ def run(args):
               f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
               f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
         resnet = c["model"] in models.RESNETS
-        token = {"decoder": f"mask token at the decoder {c['decoder']}", "none": "no mask token"}.get(
-            c["token_at"], f"mask token after {'stage' if resnet else 'layer'} {c['token_at']} ({c['token_how']})")
-        token = token if c["settings"]["mask_ratio"] or c["decoder"] else "nothing hidden"
-        frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{', batch mean' if c['freq_batch_mean'] else ''})" if c["freq_weight"] else ""
+        places = {"decoder": f"at the decoder {c['decoder']}", "none": "nowhere", 0: f"at the input ({c['token_how']})"}
+        token = "mask token " + places.get(c["token_at"], f"after {'stage' if resnet else 'layer'} {c['token_at']} ({c['token_how']})")
+        batch_mean = ", batch mean" if c["freq_batch_mean"] else ""
+        frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{batch_mean})" if c["freq_weight"] else ""
         print(f"{token}, loss {c['loss']} of pixels, normalised: {c['norm_target']}{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, "
               f"gradient clip {c['clip'] or 'off'}{', relative positions' if c['relative_positions'] else ''}")
         kernel = "convolutions channels-last" if resnet else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"

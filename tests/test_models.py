@@ -210,7 +210,7 @@ def test_resnet_equals_torchvisions(name):
 
 
 def test_a_checkpoint_exports_to_plain_torchvision(tmp_path):
-    """Section 7 of the contract: torchvision takes it with only `fc` missing; and the other way in."""
+    """torchvision takes it with only `fc` missing; and the other way in."""
     ours = M.to_device(M.recovery_model("resnet50", 64), torch.device("cpu"))
     torch.save(dict(model=ours.state_dict(), step=1), tmp_path / "checkpoint.pt")
     M.main(["--export", str(tmp_path / "checkpoint.pt"), str(tmp_path / "resnet.pth")])
@@ -223,6 +223,14 @@ def test_a_checkpoint_exports_to_plain_torchvision(tmp_path):
         assert torch.allclose(theirs.eval()(ours.normalize(x)), ours.eval().encode(x).mean((2, 3)), atol=1e-4)
     report = M.load_weights(M.recovery_model("resnet50", 64), torchvision.models.resnet50().state_dict())
     assert report.missing[:2] == ["mask_token", "decoder_pred.weight"] and report.unexpected == ["fc.weight", "fc.bias"]
+
+
+def test_a_token_vit_exports_to_plain_timm():
+    source = with_token("vit", 2, "scaled")
+    plain = M.ViT(64, 8, 32, 3, 2).eval()
+    plain.load_state_dict(M.export(source.state_dict()), strict=True)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(plain(x), source.encode(x)[:, 0])
 
 
 def test_a_resnet_refuses_sizes_its_stages_do_not_divide():
@@ -341,7 +349,7 @@ def test_the_papers_place_of_the_token(name, at):
     for text, layer in (("none", None), ("input", 0), ("0", 0), (4, 4), ("4", 4)):
         assert M.token_layer(name, text) == layer
     for wrong in ("deep", "-1", "99"):
-        with pytest.raises(ValueError, match=f"token at {wrong}: {name} takes"):
+        with pytest.raises(ValueError, match=f"token_at {wrong}: {name} takes"):
             M.token_layer(name, wrong)
 
 
