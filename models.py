@@ -540,7 +540,7 @@ def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0, relati
 
 
 def to_device(model, device):
-    """The model on its device, as the device likes it: a ResNet in channels-last memory (on a CPU 1.2 to 1.5 times as
+    """The model on its device, as the device likes it: a ResNet in channels-last memory (on a CPU 1.1 to 1.5 times as
     fast: python tests/bench.py memory), its batch norms torch's synchronised ones where GPUs share a batch.
     """
     if not isinstance(model, ResNet):
