@@ -396,8 +396,8 @@ def task_settings(name):
     """The settings a task takes and their defaults: {name: value}. ValueError for an unknown task."""
     if name not in TASKS:
         raise ValueError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
-    own = inspect.signature(TASKS[name].picture).parameters.values()
     row = TASKS[name]
+    own = inspect.signature(row.picture).parameters.values()
     shared = dict(mask_ratio=row.mask_ratio, mask_unit=row.mask_unit, mask_kind="random", fill=row.fill, view_size=None)
     return {**shared, **{p.name: p.default for p in own if p.default is not p.empty and p.name not in ("size", "generator", "part")}}
 

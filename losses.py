@@ -1,4 +1,5 @@
-"""One function per equation of *Beyond Masking* (BM) and *A2MIM* (A2). Predictions and targets in, one number out; always in float32.
+"""One function per equation of *Beyond Masking* (BM) and *A2MIM* (A2). Predictions and targets in, one number out;
+always in float32.
 
 Patches are (B, N, p p C), a row of the picture at a time, channels last inside a patch (MAE's order).
 Images are (B, C, H, W). counted (B, N) bool: the patches whose error is averaged; None = all of them.

@@ -606,8 +606,9 @@ def load_weights(model, source):
     """Load a path or a state dict (ours, the MAE repository's, timm's or torchvision's names) into `model` -> Loaded.
 
     Position embeddings and relative position tables of another number of patches are resized, from a square image's;
-    of the same number they are taken as they are, so weights of 4x6 patches do not suit 6x4. A head of another shape is left out, and so is what recovers the image when the weights recover it in another way.
-    ValueError when a backbone parameter has another shape, or when none of the backbone was found.
+    of the same number they are taken as they are, so weights of 4x6 patches do not suit 6x4. A head of another shape is
+    left out, and so is what recovers the image when the weights recover it in another way. ValueError when a backbone
+    parameter has another shape, or when none of the backbone was found.
     """
     state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
     for key in ("model", "state_dict"):

@@ -742,7 +742,7 @@ def draw_picture(model, data, c, device):
     view = data.picture_views(8, tuple(c["view"])).to(device)
     view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
     d = degrade.degrade(view, c["task"], size, p, seeded(c["seed"], PICTURE), **c["settings"])
-    inside = d.hidden is not None and c["token_at"] not in ("decoder", "none")
+    inside = c["token_at"] not in ("decoder", "none")
     model.eval()
     with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
         predictions = [model(d.inputs, d.hidden)] + ([model(d.inputs, d.hidden, token=False)] if inside else [])
@@ -895,9 +895,8 @@ def run(args):
                 print(report)
     except ValueError as error:
         raise BadRequest(str(error))
-    for name, parameter in model.named_parameters():            # DDP waits for gradients that never come
-        if name.startswith("mask_token") and not c["settings"]["mask_ratio"]:
-            parameter.requires_grad_(False)
+    if c["token_at"] == "decoder":                              # nothing hidden: DDP waits for a gradient that never comes
+        model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))
     model = models.to_device(model, place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=tuple(c["betas"]), fused=True)
     scaler = torch.amp.GradScaler(place.device.type, enabled=c["amp"] == "fp16")
