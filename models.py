@@ -127,8 +127,25 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def drop_path(batch, depth, rate, generator, part=None):
+    """Stochastic depth: what each residual branch of each image is multiplied by, (batch, depth), 0 or 1 / (1 - r).
+
+    r rises linearly from 0 at the first branch to `rate` at the last; the mean of a factor is 1. part = (first, whole)
+    draws for the whole batch, of which these are the rows from `first` on. (torchvision's stochastic_depth draws from
+    the global generator, so a run would depend on how a batch is split.)
+    """
+    first, whole = part or (0, batch)
+    kept = 1 - torch.linspace(0, rate, depth)
+    return (torch.rand(whole, depth, generator=generator)[first:first + batch] < kept) / kept
+
+
+def branch(kept, i, y):
+    """The output y of residual branch i, dropped or made up for (drop_path)."""
+    return y if kept is None else y * kept[:, i].to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D). kept: (B, 2) from drop_path, or None."""
 
     def __init__(self, dim, heads, offsets=0):
         super().__init__()
@@ -137,9 +154,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def forward(self, x, index=None):
-        x = x + self.attn(self.norm1(x), index)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, index=None, kept=None):
+        x = x + branch(kept, 0, self.attn(self.norm1(x), index))
+        return x + branch(kept, 1, self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -182,12 +199,13 @@ class ViT(Normalized):
     """A plain vision transformer with timm's parameter names.
 
     img_size: int or (H, W), divisible by patch_size, else ValueError. num_classes 0: no head. relative_positions: a
-    bias on every pair of tokens, learned from zero (A2 A.2), under BEiT's names.
+    bias on every pair of tokens, learned from zero (A2 A.2), under BEiT's names. pool: what the head is given, the cls
+    token (BM 4.2) or the mean of the patch tokens.
     """
 
-    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0, relative_positions=False):
+    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0, relative_positions=False, pool="cls"):
         super().__init__(img_size, patch_size, channels)
-        self.dim = dim
+        self.dim, self.branches, self.pool = dim, 2 * depth, pool
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
@@ -206,12 +224,12 @@ class ViT(Normalized):
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
             nn.init.zeros_(m.bias)
 
-    def encode(self, images, hidden=None, after=unchanged):
+    def encode(self, images, hidden=None, after=unchanged, kept=None):
         """images (B, C, H, W) in [0, 1], hidden (B, N) bool, the same count in every row -> (B, 1 + visible, D).
 
         Hidden patches are dropped before the projection: nothing of them reaches the encoder.
         after(l, z) -> z stands behind the projection (l = 0, before positions are added) and each block l = 1 .. L: where
-        a mask token enters, and where an analysis looks.
+        a mask token enters, and where an analysis looks. kept: (B, 2 L) from drop_path, or None.
         """
         B, C, p, (gh, gw) = images.shape[0], self.channels, self.patch_size, self.grid
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)
@@ -220,19 +238,23 @@ class ViT(Normalized):
         index = None if index is None else index[None]
         if hidden is not None:
             row, patch = (~hidden).nonzero(as_tuple=True)
-            x, kept = x[row, patch].view(B, -1, C * p * p), F.pad(patch.view(B, -1) + 1, (1, 0))
-            position = position[0, kept]                                               # (B, 1 + visible, D)
-            index = None if index is None else index[0, kept[:, :, None], kept[:, None, :]]
+            x, tokens = x[row, patch].view(B, -1, C * p * p), F.pad(patch.view(B, -1) + 1, (1, 0))
+            position = position[0, tokens]                                             # (B, 1 + visible, D)
+            index = None if index is None else index[0, tokens[:, :, None], tokens[:, None, :]]
         x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x.to(self.cls_token.dtype)], dim=1)
         x = after(0, x) + position                                                     # (B, 1 + visible, D)
         for l, block in enumerate(self.blocks, 1):
-            x = after(l, block(x, index))
+            x = after(l, block(x, index, None if kept is None else kept[:, 2 * l - 2:2 * l]))
         return self.norm(x)                                                            # (B, 1 + visible, D)
 
-    def forward(self, images):
-        """Class scores (B, num_classes) from the cls token; its features (B, D) when there is no head."""
-        return self.head(self.encode(images)[:, 0])
+    def pooled(self, tokens):
+        """The features of an image, (B, 1 + N, D) -> (B, D)."""
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
+
+    def forward(self, images, kept=None):
+        """Class scores (B, num_classes); features (B, D) when there is no head."""
+        return self.head(self.pooled(self.encode(images, kept=kept)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -280,7 +302,9 @@ def convolution(channels, out, kernel, stride=1):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, (B, channels, h, w) -> (B, width, h / stride, w / stride)."""
+    """Two 3x3 convolutions beside a shortcut, (B, channels, h, w) -> (B, width, h / stride, w / stride). kept: (B, 1)
+    from drop_path, or None.
+    """
     expansion = 1
 
     def __init__(self, channels, width, stride=1):
@@ -291,14 +315,16 @@ class BasicBlock(nn.Module):
         if stride > 1 or channels != width:
             self.downsample = nn.Sequential(convolution(channels, width, 1, stride), BatchNorm(width))
 
-    def forward(self, x):
+    def forward(self, x, kept=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+        y = branch(kept, 0, self.bn2(self.conv2(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as torchvision), 1x1 beside a shortcut: (B, 4 width, h / stride, w / stride)."""
+    """1x1, 3x3 (with the stride, as torchvision), 1x1 beside a shortcut: (B, 4 width, h / stride, w / stride). kept: as
+    BasicBlock's.
+    """
     expansion = 4
 
     def __init__(self, channels, width, stride=1):
@@ -310,10 +336,10 @@ class Bottleneck(nn.Module):
         if stride > 1 or channels != 4 * width:
             self.downsample = nn.Sequential(convolution(channels, 4 * width, 1, stride), BatchNorm(4 * width))
 
-    def forward(self, x):
+    def forward(self, x, kept=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
+        y = branch(kept, 0, self.bn3(self.conv3(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
@@ -336,33 +362,41 @@ class ResNet(Normalized):
                 blocks.append(block(width, 64 << stage, stride=2 if stage and i == 0 else 1))
                 width = (64 << stage) * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.dim = width
+        self.dim, self.branches = width, sum(depths)
         self.widths = [64, *((64 << stage) * block.expansion for stage in range(4))]   # after the stem and each stage
         self.fc = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def encode(self, images, after=unchanged):
+    def encode(self, images, after=unchanged, kept=None):
         """images (B, C, H, W) in [0, 1] -> the last feature map (B, D, H / 32, W / 32).
 
         after(l, z) -> z stands behind the stem (l = 0) and each stage l = 1 .. 4, as a ViT's behind its blocks.
+        kept: (B, blocks) from drop_path, or None.
         """
         device = images.device.type
         if device == "cpu" and images.shape[2] > images.shape[3] == 32 and torch.is_autocast_enabled(device):
             # Up to torch 2.14, AMX convolutions (3x3, stride 2) of a map 2 wide and 3 or more high return memory that
             # nobody wrote: stage 4 of such an image. In float32 they are right.
             with torch.autocast(device, enabled=False):
-                return self.encode(images, after)
+                return self.encode(images, after, kept)
         z = F.relu(self.bn1(self.conv1(self.normalize(images))), inplace=True)         # (B, 64, H / 2, W / 2)
         z = after(0, F.max_pool2d(z, 3, 2, padding=1))                                 # (B, 64, H / 4, W / 4)
+        first = 0
         for l, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
-            z = after(l, stage(z))
+            for i, block in enumerate(stage, first):
+                z = block(z, None if kept is None else kept[:, i:i + 1])
+            z, first = after(l, z), first + len(stage)
         return z
 
-    def forward(self, images):
-        """Class scores (B, num_classes) from the mean over the last map; its features (B, D) when there is no head."""
-        return self.fc(self.encode(images).mean((2, 3)))
+    def pooled(self, z):
+        """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D)."""
+        return z.mean((2, 3))
+
+    def forward(self, images, kept=None):
+        """Class scores (B, num_classes); features (B, D) when there is no head."""
+        return self.fc(self.pooled(self.encode(images, kept=kept)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -531,12 +565,12 @@ def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None,
     return EncoderDecoder(img_size, patch_size, dim, depth, heads, decoder_depth=decoder_depth, decoder_dim=decoder_dim, decoder_heads=decoder_heads, **more)
 
 
-def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0, relative_positions=False):
+def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0, relative_positions=False, pool="cls"):
     """The ViT or ResNet alone of a model of MODELS."""
     if name in RESNETS:
         return ResNet(*RESNETS[name], img_size, patch_size, channels, num_classes)
     dim, depth, heads = VITS[name][0]
-    return ViT(img_size, patch_size, dim, depth, heads, channels, num_classes, relative_positions)
+    return ViT(img_size, patch_size, dim, depth, heads, channels, num_classes, relative_positions, pool)
 
 
 def to_device(model, device):
@@ -551,7 +585,10 @@ def to_device(model, device):
 
 
 def read_weights(path):
-    """A file of tensors and plain values, as a dict. ValueError if it is missing, damaged, or holds code."""
+    """A file of tensors and plain values, or that of a run's folder, as a dict. ValueError if it is missing, damaged, or
+    holds code.
+    """
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):            # MAE's files keep their options so
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -602,6 +639,13 @@ def resize_relative(table, grid):
     return torch.cat([offsets[0].flatten(1).T, table[-3:].float()])
 
 
+def tensors(state):
+    """The weights in what a file holds, by name: {name: tensor}."""
+    for key in ("model", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
 def load_weights(model, source):
     """Load a path or a state dict (ours, the MAE repository's, timm's or torchvision's names) into `model` -> Loaded.
 
@@ -610,10 +654,7 @@ def load_weights(model, source):
     left out, and so is what recovers the image when the weights recover it in another way. ValueError when a backbone
     parameter has another shape, or when none of the backbone was found.
     """
-    state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
-    for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = tensors(read_weights(source) if isinstance(source, (str, os.PathLike)) else source)
     own, resized = model.state_dict(), []
     other_way = ("decoder_embed.weight" in state) != ("decoder_embed.weight" in own)       # of recovering: none of it fits
     unused = [n for n in state if other_way and n.startswith(RECOVERY)]

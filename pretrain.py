@@ -18,8 +18,10 @@ Exit code: 0 done, 1 the run failed, 2 bad request, 130 / 143 stopped by a signa
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -50,12 +52,12 @@ except ImportError:
 # What a data set and a paper ask for when the command line does not say; a row of three keys goes over its row of two.
 # A folder of images gets the paper's recipe (A2: Tables A1, 1, 2), the rest a small one that fits a CPU. lr is per 256
 # images of the global batch; clip: largest norm of the gradient, 0 none; micro: the largest batch of one process.
-SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, batch_size=256, micro=256, lr=1.5e-3)
+SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, batch_size=256, micro=256, lr=1.5e-3, weight_decay=0.05)
 RECIPES = {
     ("folder", "BM"): dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup=40, batch_size=4096, micro=64,
-                           lr=1.5e-4, betas=[0.9, 0.95], clip=0, crop=[0.2, 1.0]),
+                           lr=1.5e-4, weight_decay=0.05, betas=[0.9, 0.95], clip=0, crop=[0.2, 1.0]),
     ("folder", "A2"): dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup=10, batch_size=2048, micro=64,
-                           lr=1e-4, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
+                           lr=1e-4, weight_decay=0.05, betas=[0.9, 0.999], clip=5, crop=[0.67, 1.0]),
     ("folder", "A2", "vit_base"): dict(epochs=800),
     ("folder", "A2", "resnet"): dict(lr=1.5e-4, clip=0),
     ("shapes", "BM"): dict(**SMALL, epochs=15, warmup=0.75, betas=[0.9, 0.95], clip=0, crop=[0.5, 1.0]),
@@ -97,7 +99,7 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-CROP, DAMAGE, ORDER, PICTURE = range(4)          # streams of random numbers that must not meet
+CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)         # streams of random numbers that must not meet
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -178,28 +180,47 @@ def samples(step, batch, length, seed):
 class MemorySet:
     """Images that fit in memory, (n, C, H, W) uint8 on the device, cropped and flipped there as a batch.
 
-    shown: images for the pictures of a run; the set's own by default.
+    labels: (n,) int64, or None; classes: their names. shown: images for the pictures of a run; the set's own by default.
     """
 
-    def __init__(self, images, labels, device, shown=None):
-        self.images, self.labels, self.channels = images.to(device), labels, images.shape[1]
+    def __init__(self, images, labels, device, classes=None, shown=None):
+        self.images, self.labels, self.classes, self.channels = images.to(device), labels, classes, images.shape[1]
         self.shown = self.images if shown is None else shown.to(device)
 
     def __len__(self):
         return len(self.images)
 
-    def batches(self, steps, batch, parts, size, scale, seed, **_):
-        """Yields (view (k, C, *size) in [0, 1], no bad files) for every step and every part = (first, k) of it."""
+    def keep(self, rows):
+        """The set of these rows alone."""
+        return MemorySet(self.images[rows.to(self.images.device)], self.labels[rows], self.images.device, self.classes)
+
+    def batches(self, steps, batch, parts, size, scale, seed, augment=None, **_):
+        """Yields (view (k, C, *size) in [0, 1], labels (k,) or None, no bad files) for every step and every part =
+        (first, k) of it. augment(image (C, *size) uint8, generator) -> image, or None.
+        """
         H, W = self.images.shape[2:]
         for step in steps:
-            index = samples(step, batch, len(self), seed)[:, 1]
+            places = samples(step, batch, len(self), seed)
             u = torch.rand(batch, 23, generator=seeded(seed, CROP, step))
             box, flip = torch.from_numpy(crop_boxes(u.numpy(), H, W, scale)), u[:, 22] < 0.5
             for first, k in parts:
                 rows = slice(first, first + k)
-                images = self.images[index[rows].to(self.images.device)].float() / 255
+                index = places[rows, 1]
+                images = self.images[index.to(self.images.device)].float() / 255
                 view = degrade.crop_resize(images, box[rows].to(images.device), size, cubic=True).clamp(0, 1)
-                yield torch.where(flip[rows, None, None, None].to(view.device), view.flip(3), view), []
+                view = torch.where(flip[rows, None, None, None].to(view.device), view.flip(3), view)
+                if augment:
+                    pixels = (view * 255).round().to(torch.uint8).cpu()
+                    pixels = [augment(x, seeded(seed, AUGMENT, *place)) for x, place in zip(pixels, places[rows].tolist())]
+                    view = torch.stack(pixels).to(view.device).float() / 255
+                yield view, None if self.labels is None else self.labels[index].to(view.device), []
+
+    def plain(self, rows, batch, size, crop=1.0, **_):
+        """Yields the images of `rows` in order: their central part, `crop` of it a side, as (views, labels, no bad files)."""
+        box = central_box(*self.images.shape[2:], size, crop)
+        for index in rows.split(batch):
+            images = degrade.center_crop(self.images[index.to(self.images.device)].float() / 255, box)
+            yield degrade.scaled(images, size), None if self.labels is None else self.labels[index].to(images.device), []
 
     def picture_views(self, n, size):
         return degrade.scaled(self.shown[:n].float() / 255, size)
@@ -293,13 +314,28 @@ def shrink(image, size):
     return F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
 
 
-class FolderSet(torch.utils.data.Dataset):
-    """All images below a folder, nested or flat. An item is asked for as (epoch, index)."""
+def central_box(height, width, size, crop=1.0):
+    """(height, width) of the largest centred box with the proportions of `size`, times `crop`."""
+    short = min(height / size[0], width / size[1]) * crop
+    return [max(1, round(side * short)) for side in size]
+
+
+class FolderSet:
+    """All images below a folder, nested or flat, read by loader processes. labelled: folder/<class>/..., else BadRequest."""
     channels = 3
 
-    def __init__(self, folder):
+    def __init__(self, folder, labelled=False):
         found = sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
                        for name in names if name.lower().endswith(IMAGE_FILES))
+        self.labels = self.classes = None
+        if labelled:
+            of = [os.path.relpath(path, folder).split(os.sep) for path in found]
+            loose = [path[0] for path in of if len(path) < 2]
+            if loose:
+                raise BadRequest(f"{os.path.join(folder, loose[0])} is in no class: labelled images are {folder}/<class>/...")
+            self.classes = sorted({path[0] for path in of})
+            number = {name: i for i, name in enumerate(self.classes)}
+            self.labels = torch.tensor([number[path[0]] for path in of], dtype=torch.long)
         if not found:
             raise BadRequest(f"no images in {folder}: looked there and below for {' '.join(IMAGE_FILES)}")
         self.paths = np.array([os.fsencode(p) for p in found])                 # one block, not a million objects
@@ -307,45 +343,71 @@ class FolderSet(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def path(self, index):
-        return os.fsdecode(self.paths[index % len(self)])
+    def keep(self, rows):
+        """The set of these rows alone."""
+        less = copy.copy(self)
+        less.paths, less.labels = self.paths[rows.numpy()], self.labels[rows]
+        return less
 
-    def __getitem__(self, item):
-        """-> view (3, *size) uint8, or None if there is none; and None or (the file that could not be read, why)."""
+    def path(self, index):
+        return os.fsdecode(self.paths[index])
+
+    def view(self, item, size, scale, seed, augment=None):
+        """(epoch, index) -> view (3, *size) uint8, or None if there is none; the index of the image it is of; and None or
+        (the file that could not be read, why).
+        """
         (epoch, index), bad = item, None
         for other in range(min(100, len(self))):                # a bad image is replaced by the next good one
+            place = (index + other) % len(self)
             try:
-                image = read_image(self.path(index + other))
+                image = read_image(self.path(place))
                 break
             except OSError as error:
                 bad = bad or (self.path(index), str(error))
         else:
-            return None, bad
-        u = torch.rand(1, 23, generator=seeded(self.seed, CROP, epoch, index)).numpy()
-        top, left, h, w = crop_boxes(u, *image.shape[1:], self.scale)[0].astype(int).tolist()
-        view = shrink(image[:, top:top + h, left:left + w], self.size)
-        return view.flip(2) if u[0, 22] < 0.5 else view, bad
+            return None, place, bad
+        u = torch.rand(1, 23, generator=seeded(seed, CROP, epoch, index)).numpy()
+        top, left, h, w = crop_boxes(u, *image.shape[1:], scale)[0].astype(int).tolist()
+        view = shrink(image[:, top:top + h, left:left + w], size)
+        view = view.flip(2) if u[0, 22] < 0.5 else view
+        return augment(view, seeded(seed, AUGMENT, epoch, index)) if augment else view, place, bad
 
-    def batches(self, steps, batch, parts, size, scale, seed, device, workers):
-        """As MemorySet.batches, and the bad files met: [(path, why), ...]. Read by `workers` processes."""
-        self.size, self.scale, self.seed = size, scale, seed
-        wanted = (samples(step, batch, len(self), seed)[first:first + k].tolist() for step in steps for first, k in parts)
+    def central(self, index, size, crop):
+        """As `view`, of the central part of the image, `crop` of it a side."""
+        try:
+            image = read_image(self.path(index))
+        except OSError as error:
+            return None, index, (self.path(index), str(error))
+        return shrink(degrade.center_crop(image[None], central_box(*image.shape[1:], size, crop))[0], size), index, None
+
+    def _load(self, read, wanted, device, workers):
+        """Yields (views (k, 3, H, W) in [0, 1] of the items that could be read, or None; labels; [(bad file, why), ...])."""
         loader = torch.utils.data.DataLoader(
-            self, batch_sampler=wanted, num_workers=workers, collate_fn=_stack, worker_init_fn=_worker,
+            Reader(read), batch_sampler=wanted, num_workers=workers, collate_fn=_stack, worker_init_fn=_worker,
             pin_memory=device.type == "cuda")                   # CUDA only: copies overlap with computing
-        for views, bad in loader:
-            if views is None:
+        for views, index, bad in loader:
+            views = None if views is None else views.to(device, non_blocking=True).float() / 255
+            yield views, None if self.labels is None else self.labels[index].to(device), bad
+
+    def batches(self, steps, batch, parts, size, scale, seed, device, workers, augment=None):
+        """As MemorySet.batches, and the bad files met: [(path, why), ...]. Read by `workers` processes."""
+        wanted = (samples(step, batch, len(self), seed)[first:first + k].tolist() for step in steps for first, k in parts)
+        read = functools.partial(self.view, size=size, scale=scale, seed=seed, augment=augment)
+        for (views, labels, bad), (_, k) in zip(self._load(read, wanted, device, workers), itertools.cycle(parts)):
+            if views is None or len(views) < k:
                 raise Failure(f"{bad[0][1]}; nor can the images after it be read: look into {os.path.dirname(bad[0][0])}")
-            yield views.to(device, non_blocking=True).float() / 255, bad
+            yield views, labels, bad
+
+    def plain(self, rows, batch, size, crop=1.0, device=torch.device("cpu"), workers=0):
+        """As MemorySet.plain; images that cannot be read are left out: views may be None."""
+        read = functools.partial(self.central, size=size, crop=crop)
+        return self._load(read, [part.tolist() for part in rows.split(batch)], device, workers)
 
     def picture_views(self, n, size):
         views = []
         for index in range(len(self)):
-            with contextlib.suppress(OSError):
-                image = read_image(self.path(index))
-                short = min(image.shape[1] / size[0], image.shape[2] / size[1])
-                box = degrade.center_crop(image[None], [max(1, int(side * short)) for side in size])
-                views.append(shrink(box[0], size))
+            view = self.central(index, size, 1.0)[0]
+            views += [] if view is None else [view]
             if len(views) == n:
                 break
         if not views:
@@ -353,10 +415,19 @@ class FolderSet(torch.utils.data.Dataset):
         return torch.stack(views).float() / 255
 
 
+class Reader:
+    """What torch's DataLoader asks for items."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def __getitem__(self, item):
+        return self.read(item)
+
+
 def _stack(items):
-    views, bad = [view for view, _ in items], [bad for _, bad in items if bad]
-    batch = None if any(v is None for v in views) else torch.stack(views)
-    return batch, bad
+    views, index = [view for view, _, _ in items if view is not None], [i for view, i, _ in items if view is not None]
+    return torch.stack(views) if views else None, index, [bad for _, _, bad in items if bad]
 
 
 def _worker(_):
@@ -364,19 +435,24 @@ def _worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_data(config, place):
-    """--data as a set with .channels, len(), .batches(...) and .picture_views(...). BadRequest when there is none."""
-    name, device = config["data"], place.device
+def load_data(config, place, split="train", labelled=False):
+    """--data as a set with .channels, .labels, .classes, len(), .batches(...), .plain(...) and .picture_views(...).
+
+    split: "train" or "val". labelled: a folder must be DIR/SPLIT/<class>/... BadRequest when there is no such data.
+    """
+    name, device, train = config["data"], place.device, split == "train"
     if name == "shapes":
-        made = shapes(30000, seed=0)
-        return MemorySet(made.images, made.labels, device, shown=shapes(20, seed=1).images)
+        made = shapes(30000, seed=0) if train else shapes(5000, seed=1)
+        return MemorySet(made.images, made.labels, device, list(SHAPES), shapes(20, seed=1).images if train else None)
     if name in TORCHVISION:
-        kind, split = getattr(torchvision.datasets, TORCHVISION[name]), {"split": "train+unlabeled"} if name == "stl10" else {}
+        kind, which = getattr(torchvision.datasets, TORCHVISION[name]), dict(train=train)
+        if name == "stl10":
+            which = dict(split="test" if not train else "train" if labelled else "train+unlabeled")
         trouble = ""
         for turn in (0, 1):                                     # rank 0 fetches, then the others look
             if (place.rank > 0) == turn:
                 try:
-                    made = kind(config["root"], download=config["download"] and not turn, **split)
+                    made = kind(config["root"], download=config["download"] and not turn, **which)
                 except (RuntimeError, OSError) as error:
                     trouble = f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): add --download, or --root with the folder " \
                               "that holds it, for all machines"
@@ -384,11 +460,14 @@ def load_data(config, place):
                 raise BadRequest(trouble)
         images = torch.as_tensor(made.data)
         images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
-        return MemorySet(images.contiguous(), None, device)
+        labels = torch.as_tensor(made.labels if name == "stl10" else made.targets).long()
+        return MemorySet(images.contiguous(), labels, device, made.classes)
     if not os.path.isdir(name):
         raise BadRequest(f"--data {name} is neither a folder nor one of shapes, {', '.join(TORCHVISION)}")
-    inner = os.path.join(name, "train")
-    return FolderSet(inner if os.path.isdir(inner) else name)
+    inner = os.path.join(name, split)
+    if labelled and not os.path.isdir(inner):
+        raise BadRequest(f"there is no {inner}: labelled images are {name}/train/<class>/... and {name}/val/<class>/...")
+    return FolderSet(inner if os.path.isdir(inner) else name, labelled)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -452,13 +531,15 @@ def learning_rate(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def parameter_groups(model, weight_decay):
-    """No weight decay on biases, norms, tokens and positions."""
-    def is_free(name, parameter):
-        return parameter.ndim <= 1 or any(word in name for word in ("_token", "pos_embed", "relative_position"))
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    rest, free = ([p for n, p in trained if is_free(n, p) == which] for which in (False, True))
-    return [dict(params=rest, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
+def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
+    """No weight decay on biases, norms, tokens and positions. scale(name): what a parameter's learning rate is times."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            free = p.ndim <= 1 or any(word in name for word in ("_token", "pos_embed", "relative_position"))
+            key = free, scale(name)
+            groups.setdefault(key, dict(params=[], weight_decay=0.0 if free else weight_decay, lr_scale=key[1]))["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
 def agree(values, place):
@@ -515,43 +596,58 @@ class Parser(argparse.ArgumentParser):
         raise BadRequest(f"{message} (see --help)")
 
 
-def common_options(p):
-    """The options that mean the same in every script."""
-    o = p.add_argument
-    o("--data", default="shapes", metavar="DIR|NAME", help="a folder of images, or shapes (built in), " + ", ".join(TORCHVISION) + "; default: shapes")
-    o("--root", default="data", help="where the torchvision sets are kept; default: ./data")
-    o("--download", action="store_true", help="fetch the torchvision set into --root if it is not there")
-    o("--model", choices=models.MODELS, help="default: vit_base for a folder, vit_micro for the small sets")
-    o("--img_size", type=int, nargs="+", metavar="PX", help="input size S, or height and width; default: 224 for a folder; 32, for a ResNet 64, for the small sets")
-    o("--patch_size", type=int, metavar="PX", help="side of what is hidden or not, and of a ViT's patches; default: 16 for a folder; 4, for a ResNet 8, for the small sets")
-    o("--epochs", type=float, help="passes over the data; default: 300 for a folder (800 for A2's ViT-B), 3-15 for the small sets")
-    o("--steps", type=int, help="a complete run of so many optimiser steps, warm-up and decay included, whatever --epochs says")
-    o("--batch_size", type=int, help="images per optimiser step over all processes; default: 4096 (A2's tasks 2048) for a folder, or 256")
-    o("--accum", type=int, help="batches a step is split into on each process; default: as few as keep one at 64 images or fewer (256 for the small sets)")
-    o("--lr", type=float, help="base learning rate, per 256 images of the batch; default: 1.5e-4 (A2's tasks on a ViT 1e-4) for a folder, or 1.5e-3")
-    o("--weight_decay", type=float, default=0.05, help="default: 0.05")
-    o("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW's; default: 0.9 0.95, for A2's tasks 0.9 0.999")
-    o("--clip", type=float, metavar="NORM", help="scale gradients down to this norm; default: 0, never; for A2's tasks on a ViT 5")
-    o("--warmup", type=float, metavar="EPOCHS", help="epochs of linear warm-up; default: 40 of 300 (A2's tasks 10), or a twentieth of a small run")
-    o("--seed", type=int, default=0, help="default: 0")
-    o("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: a GPU if there is one")
-    o("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; default: what the device is fast at")
-    o("--workers", type=int, help="loader processes for a folder; default: 1 on a CPU, up to 8 with a GPU")
-    o("--compile", action="store_true", help="torch.compile the model")
-    o("--out", metavar="DIR", help="the run's folder; default: that of --resume PATH, or runs/TASK-MODEL-DATA")
-    o("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint; without a path from the one in --out, if it is there")
-    o("--save_every", type=int, metavar="STEPS", help="steps between checkpoints and pictures; default: a twentieth of the run, at least 50")
-    o("--log_every", type=int, default=20, metavar="STEPS", help="steps between lines of log.jsonl; default: 20")
-    o("--weights", default="none", metavar="PATH|none", help="start from these weights (ours, MAE's, timm's or torchvision's names); default: none")
+def common_options(p, says, only=None):
+    """The options that mean the same in every script, or `only` those of them. says: the default of each that a recipe
+    settles, in words.
+    """
+    def o(name, help, default=None, **more):
+        if only is None or name[2:] in only:
+            shown = f"; default: {says.get(name[2:], default)}" if name[2:] in says or default is not None else ""
+            p.add_argument(name, help=help + shown, **more, **({} if "action" in more else dict(default=default)))
+    o("--data", "a folder of images, or shapes (built in), " + ", ".join(TORCHVISION), "shapes", metavar="DIR|NAME")
+    o("--root", "where the torchvision sets are kept", "data")
+    o("--download", "fetch the torchvision set into --root if it is not there", action="store_true")
+    o("--model", "the network", choices=models.MODELS)
+    o("--img_size", "input size S, or height and width", type=int, nargs="+", metavar="PX")
+    o("--patch_size", "side of a ViT's patches, and of what is hidden or not", type=int, metavar="PX")
+    o("--epochs", "passes over the data", type=float)
+    o("--steps", "a complete run of so many optimiser steps, warm-up and decay included, whatever --epochs says", type=int)
+    o("--batch_size", "images per optimiser step over all processes", type=int)
+    o("--accum", "batches a step is split into on each process", type=int)
+    o("--lr", "base learning rate, per 256 images of the batch", type=float)
+    o("--weight_decay", "not on biases, norms, tokens and positions", type=float)
+    o("--betas", "AdamW's and LAMB's", type=float, nargs=2, metavar=("B1", "B2"))
+    o("--clip", "scale gradients down to this norm; 0: never", type=float, metavar="NORM")
+    o("--warmup", "epochs of linear warm-up", type=float, metavar="EPOCHS")
+    o("--crop", "area of the random crop", type=float, nargs=2, metavar=("MIN", "MAX"))
+    o("--seed", "of all that is random", 0, type=int)
+    o("--device", "auto: a GPU if there is one", "auto", choices=("auto", "cpu", "cuda", "mps"))
+    o("--amp", "mixed precision; auto: what the device is fast at", "auto", choices=("auto", "bf16", "fp16", "off"))
+    o("--workers", "loader processes for a folder", type=int)
+    o("--compile", "torch.compile the model", action="store_true")
+    o("--out", "the run's folder", metavar="DIR")
+    o("--resume", "go on from a checkpoint; without a path from the one in --out, if it is there", nargs="?", const="auto", metavar="PATH")
+    o("--save_every", "steps between checkpoints", type=int, metavar="STEPS")
+    o("--log_every", "steps between lines of log.jsonl", 20, type=int, metavar="STEPS")
+    o("--weights", "a run's folder, or weights (ours, MAE's, timm's or torchvision's names)", "none", metavar="PATH|none")
+
+
+DEVICE_SAYS = dict(workers="1 on a CPU, up to 8 with a GPU", accum="as few as keep one at 64 images or fewer (256 for the small sets)",
+                   steps="by --epochs")
+SAYS = dict(
+    **DEVICE_SAYS, model="vit_base for a folder, vit_micro for the small sets", img_size="224 for a folder; 32, for a ResNet 64, for the small sets",
+    patch_size="16 for a folder; 4, for a ResNet 8, for the small sets", epochs="300 for a folder (800 for A2's ViT-B), 3-15 for the small sets",
+    batch_size="4096 (A2's tasks 2048) for a folder, or 256", lr="1.5e-4 (A2's tasks on a ViT 1e-4) for a folder, or 1.5e-3", weight_decay="0.05",
+    betas="0.9 0.95, for A2's tasks 0.9 0.999", clip="0, for A2's tasks on a ViT 5", warmup="40 of 300 (A2's tasks 10), or a twentieth of a small run",
+    crop="0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1", save_every="a twentieth of the run, at least 50; with a picture",
+    out="that of --resume PATH, or runs/TASK-MODEL-DATA")
 
 
 def options():
     p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                epilog="tasks:\n" + "\n".join(f"  {name:13} {row.about}" for name, row in degrade.TASKS.items()))
     p.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, help="default: zoom_in_mask")
-    common_options(p)
-    o = p.add_argument
-    o("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop; default: 0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1")
+    common_options(p, SAYS)
     m = p.add_argument_group("where the mask token enters").add_argument
     m("--token_at", metavar="PLACE", help="decoder (a ViT's only: hidden patches are dropped, MAE), input (as 0), middle, none, or the layer or stage it follows, "
       "0: the projection or stem; default: decoder for BM's tasks (a ResNet: middle), input for simmim, middle for a2mim; middle is ViT-S 5, ViT-B 8, stage 3")
@@ -590,14 +686,8 @@ def resolve(args, place, length, channels):
     """The command line and the data's recipe as one dict of JSON values. BadRequest for what cannot be run."""
     c, row = dict(vars(args)), degrade.TASKS[args.task]
     recipe = recipe_of(c["data"], row.paper, c["model"])
-    c.update((k, v) for k, v in recipe.items() if c.get(k) is None)
-    if len(c["img_size"]) > 2:
-        raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
-    size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
-    if min(size) < 1:
-        raise BadRequest(f"--img_size {size[0]}x{size[1]} must be more than 0")
-    c["data"] = os.path.normpath(c["data"]) if os.path.isdir(c["data"]) else c["data"]
-    taken = degrade.task_settings(c["task"])
+    settle(c, recipe)
+    size, taken = c["img_size"], degrade.task_settings(c["task"])
     given = {k: c.pop(k) for k in settings()}
     stray = [k for k, v in given.items() if v is not None and k not in taken]
     if stray:
@@ -609,49 +699,68 @@ def resolve(args, place, length, channels):
         raise BadRequest(f"--{idle[0]} does nothing with mask ratio 0: add --mask_ratio 0.75, or leave it out")
     _resolve_token(c, row, given["fill"])
     _resolve_loss(c, row)
-    positive = ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every")
-    for name in positive:
-        if c[name] is not None and not 0 < c[name] < math.inf:
-            raise BadRequest(f"--{name} {c[name]} must be more than 0, and finite")
-    for name in ("weight_decay", "seed", "workers", "warmup", "clip", "freq_weight", "freq_alpha"):
+    not_negative(c, "freq_weight", "freq_alpha")
+    share_out(c, recipe, place, length, channels, f"{c['task']}-{c['model']}-{os.path.basename(c['data'])}")
+    try:                                                        # one small batch through the whole request
+        c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
+        few = torch.zeros(2 - c["images_per_process"] % 2, channels, *c["view"])                # odd if the batches are
+        degrade.degrade(few, c["task"], tuple(size), c["patch_size"], seeded(0), **c["settings"])
+    except ValueError as error:
+        raise BadRequest(str(error))
+    return c
+
+
+def settle(c, recipe):
+    """The recipe's values where the command line gave none; --img_size as two numbers."""
+    c.update((k, v) for k, v in recipe.items() if c.get(k) is None and k != "warmup")          # whose default is a share
+    if len(c["img_size"]) > 2:
+        raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
+    size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
+    if min(size) < 1:
+        raise BadRequest(f"--img_size {size[0]}x{size[1]} must be more than 0")
+    c["data"] = os.path.normpath(c["data"]) if os.path.isdir(c["data"]) else c["data"]
+
+
+def not_negative(c, *names):
+    for name in names:
         if c[name] is not None and not 0 <= c[name] < math.inf:
             raise BadRequest(f"--{name} {c[name]} must not be negative, and finite")
+
+
+def share_out(c, recipe, place, length, channels, name):
+    """Batch, accumulation, learning rate, steps, loader and folder (by default runs/NAME) as this run has them, into c."""
+    for option in ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every"):
+        if c[option] is not None and not 0 < c[option] < math.inf:
+            raise BadRequest(f"--{option} {c[option]} must be more than 0, and finite")
+    not_negative(c, "weight_decay", "seed", "workers", "warmup", "clip")
     if not 0 < c["crop"][0] <= c["crop"][1] <= 1:
         raise BadRequest(f"--crop {c['crop'][0]} {c['crop'][1]} must be 0 < MIN <= MAX <= 1")
     if not all(0 <= beta < 1 for beta in c["betas"]):
         raise BadRequest(f"--betas {c['betas'][0]} {c['betas'][1]} must be 0 <= beta < 1")
-
-    B, world, micro = c["batch_size"], place.world, c.pop("micro")
+    B, world, micro, size = c["batch_size"], place.world, c.pop("micro"), c["img_size"]
     if c["accum"] is None:
         c["accum"] = next((a for a in range(1, B + 1) if B % (world * a) == 0 and B // (world * a) <= micro), 1)
     if B % (world * c["accum"]):
         raise BadRequest(f"--batch_size {B} cannot be shared by {world} processes x {c['accum']} accumulated batches: "
                          f"choose a multiple of {world * c['accum']}")
     c["images_per_process"] = B // (world * c["accum"])
+    if c["model"] in models.RESNETS and world * c["images_per_process"] * size[0] * size[1] < 2 * models.ResNet.stride ** 2:
+        raise BadRequest(f"batch of 1 at {size[0]}x{size[1]}: batch norm has nothing to average over in a last feature map of 1x1; "
+                         "choose a larger --batch_size, a smaller --accum or a larger --img_size")
     c["actual_lr"] = c["lr"] * B / 256                          # linear scaling
     c["total_steps"] = c["steps"] or math.ceil(c["epochs"] * length / B)
-    if args.warmup is None:                                     # the recipe's share of the run
+    if c["warmup"] is None:                                     # the recipe's share of the run
         c["warmup_steps"] = round(c["total_steps"] * recipe["warmup"] / recipe["epochs"])
     else:
-        c["warmup_steps"] = round(args.warmup * length / B)
+        c["warmup_steps"] = round(c["warmup"] * length / B)
     c["warmup"] = c["warmup_steps"] * B / length
     c["save_every"] = c["save_every"] or max(50, c["total_steps"] // 20)
     if c["workers"] is None:
         c["workers"] = max(1, min(8, cores() // place.per_node)) if place.device.type == "cuda" else 1
     if c["out"] is None and c["resume"] not in (None, "auto"):
         c["out"] = os.path.dirname(os.path.abspath(c["resume"]))
-    c["out"] = c["out"] or os.path.join("runs", f"{c['task']}-{c['model']}-{os.path.basename(os.path.normpath(c['data']))}")
+    c["out"] = c["out"] or os.path.join("runs", name)
     c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device))
-    try:                                                        # one small batch through the whole request
-        c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
-        if c["model"] in models.RESNETS and world * c["images_per_process"] * size[0] * size[1] < 2 * models.ResNet.stride ** 2:
-            raise ValueError(f"batch of 1 at {size[0]}x{size[1]}: batch norm has nothing to average over in a last feature map of 1x1; "
-                             "choose a larger --batch_size, a smaller --accum or a larger --img_size")
-        few = torch.zeros(2 - c["images_per_process"] % 2, channels, *c["view"])                # odd if the batches are
-        degrade.degrade(few, c["task"], tuple(size), c["patch_size"], seeded(0), **c["settings"])
-    except ValueError as error:
-        raise BadRequest(str(error))
-    return c
 
 
 def _resolve_token(c, row, fill):
@@ -759,24 +868,18 @@ def draw_picture(model, data, c, device):
     return degrade.sheet(halves, titles * 2, note)
 
 
-def save(step, c, place, data, model, optimizer, scaler, progress):
-    """checkpoint.pt and a picture, by rank 0 -> what went wrong, or "". A model whose own prediction is not finite
-    any more is not saved: the checkpoint before is worth more.
-    """
+def save(step, c, place, model, optimizer, scaler, progress, pictures):
+    """checkpoint.pt and pictures {file name: Pillow picture}, by rank 0 -> what went wrong, or ""."""
     if place.rank > 0:
         return ""
     try:
-        picture = draw_picture(model, data, c, place.device)
-        if picture is None:
-            return "the model's prediction is not finite. Lower --lr or lengthen --warmup"
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                      step=step, config=c, progress=progress)
-        write_whole(os.path.join(c["out"], f"recovered_{step:07d}.png"), lambda file: picture.save(file, format="PNG"))
+        for name, picture in pictures.items():
+            write_whole(os.path.join(c["out"], name), lambda file: picture.save(file, format="PNG"))
         write_whole(os.path.join(c["out"], "checkpoint.pt"), lambda file: torch.save(state, file))
     except OSError as error:
         return f"{error}. Make room, then --resume"
-    except Failure as error:
-        return str(error)
     return ""
 
 
@@ -807,10 +910,14 @@ class BadFiles:
         return ", ".join(sorted({path for paths in lists for path in paths}))
 
 
-def train(c, place, data, model, optimizer, scaler, start, progress, log):
-    """The loop: learning rate, forward, backward, step, log, save. Returns the exit code."""
-    device, size, p, B, total = place.device, tuple(c["img_size"]), c["patch_size"], c["batch_size"], c["total_steps"]
-    net = model
+def train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, look, augment=None):
+    """The loop: learning rate, forward, backward, step, log, save. Returns the exit code.
+
+    What the scripts do differently: prepare(view, labels, step, (first, whole batch)) -> what the model and the loss are
+    given; loss_of(net, that) -> a number; look(step) -> (what is wrong with the model or "", {file name: picture}), before
+    a checkpoint, called on every process.
+    """
+    device, B, total, net = place.device, c["batch_size"], c["total_steps"], model
     if c["compile"]:
         model.compile()
     if place.world > 1:
@@ -818,7 +925,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log):
     apart = getattr(net, "no_sync", contextlib.nullcontext)
     k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
-    views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device, workers=c["workers"])
+    views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device, workers=c["workers"], augment=augment)
     signals, bad_files, leaving = Signals(), BadFiles(len(data), B), False
     since, waited, timed, speed = time.perf_counter(), 0.0, 0, 0.0
     bar = tqdm(total=total, initial=start, unit="step", disable=place.rank > 0, mininterval=1, dynamic_ncols=True)
@@ -827,19 +934,17 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log):
         for step in range(start, total):
             lr = learning_rate(step, total, c["warmup_steps"], c["actual_lr"])
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
             loss, bad = 0.0, 0
             for a, part in enumerate(parts):
                 clock = time.perf_counter()
-                view, unread = next(views)
+                view, labels, unread = next(views)
                 bad += bad_files.meet(unread)
-                d = degrade.degrade(view, c["task"], size, p, seeded(c["seed"], DAMAGE, step), (part[0], B), **c["settings"])
+                prepared = prepare(view, labels, step, (part[0], B))
                 waited += time.perf_counter() - clock
                 with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
-                    with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-                        prediction = net(d.inputs, d.hidden)
-                    part_loss = losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted, **the_loss(c)) / c["accum"]
+                    part_loss = loss_of(net, prepared) / c["accum"]
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
 
@@ -868,7 +973,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log):
             leaving = told and step + 1 < total
             if leaving or too_many or (step + 1) % c["save_every"] == 0 or step + 1 == total:
                 count, progress["bad"] = progress["bad"], 0 if too_many else progress["bad"]       # mended files start anew
-                trouble = log.trouble or save(step + 1, c, place, data, model, optimizer, scaler, progress)
+                trouble, pictures = look(step + 1)
+                trouble = trouble or log.trouble or save(step + 1, c, place, model, optimizer, scaler, progress, pictures)
                 if agree([float(bool(trouble))], place)[0]:
                     raise Failure(trouble and f"step {step + 1}: {trouble}; the last checkpoint is intact")
             if too_many:
@@ -880,10 +986,64 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log):
     return 128 + (signals.received or signal.SIGTERM) if leaving else 0
 
 
+def begin(c, place, model, optimizer, scaler, same_run):
+    """Go on from --resume or start anew: -> first step, progress, open log. Writes config.json. BadRequest when --out
+    holds another run, or a checkpoint was made with another value of what `same_run` names.
+    """
+    start, progress = 0, dict(sum=0.0, count=0, bad=0)
+    last = os.path.join(c["out"], "checkpoint.pt")
+    path, there = c["resume"], os.path.exists(last)
+    if agree([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
+        raise BadRequest(f"the processes do not see the same {c['out']}: --out must be one folder for all machines")
+    if path == "auto":
+        path = last if there else None
+    state = load_checkpoint(path) if path else None
+    if there and not (path and os.path.abspath(path) == os.path.abspath(last)):
+        raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
+    if state:
+        for name in same_run:
+            if state["config"].get(name) != c[name]:
+                raise BadRequest(f"{path} was made with {name} {state['config'].get(name)}, this command asks for {c[name]}: "
+                                 "give the same, or another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and scaler.is_enabled():             # --amp may change on the way
+            scaler.load_state_dict(state["scaler"])
+        start, progress = state["step"], state["progress"]
+    trouble, log = "", None
+    if place.rank == 0:
+        try:
+            os.makedirs(c["out"], exist_ok=True)
+            config = json.dumps({**c, **provenance()}, indent=1)
+            write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
+            log = Log(os.path.join(c["out"], "log.jsonl"), start)
+        except OSError as error:
+            trouble = f"--out {c['out']} cannot be written to: {error}"
+    if agree([float(bool(trouble))], place)[0]:
+        raise BadRequest(trouble)
+    return start, progress, log or Log(os.devnull, start)
+
+
+def batch_line(c, length):
+    """Batch, learning rate and steps with their real numbers, for the start of a run."""
+    return (f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
+            f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
+            f"({c['total_steps'] * c['batch_size'] / length:.2f} epochs), {c['warmup_steps']} of warm-up")
+
+
+def device_line(c, place, start):
+    """Device, precision, kernels and where the run starts from, for the start of a run."""
+    resnet = c["model"] in models.RESNETS
+    kernel = "convolutions channels-last" if resnet else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
+    return (f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
+            f"seed {c['seed']}, commit {provenance()['commit'] or 'none'}, "
+            f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}")
+
+
 def run(args):
     """One pre-training run, from the command line's options. Returns the exit code."""
     place = set_up(args.device)
-    main = place.rank == 0
+    main, device = place.rank == 0, place.device
     data = load_data(vars(args), place)
     c = resolve(args, place, len(data), data.channels)
     torch.manual_seed(c["seed"])
@@ -897,64 +1057,51 @@ def run(args):
         raise BadRequest(str(error))
     if c["token_at"] == "decoder":                              # nothing hidden: DDP waits for a gradient that never comes
         model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))
-    model = models.to_device(model, place.device)
+    model = models.to_device(model, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=tuple(c["betas"]), fused=True)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=c["amp"] == "fp16")
-    start, progress = 0, dict(sum=0.0, count=0, bad=0)
-
-    last = os.path.join(c["out"], "checkpoint.pt")
-    path, there = c["resume"], os.path.exists(last)
-    if agree([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
-        raise BadRequest(f"the processes do not see the same {c['out']}: --out must be one folder for all machines")
-    if path == "auto":
-        path = last if there else None
-    state = load_checkpoint(path) if path else None
-    if there and not (path and os.path.abspath(path) == os.path.abspath(last)):
-        raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
-    if state:
-        for name in SAME_RUN:
-            if state["config"].get(name) != c[name]:
-                raise BadRequest(f"{path} was made with {name} {state['config'].get(name)}, this command asks for {c[name]}: "
-                                 "give the same, or another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and scaler.is_enabled():             # --amp may change on the way
-            scaler.load_state_dict(state["scaler"])
-        start, progress = state["step"], state["progress"]
-    source, trouble, log = provenance(), "", None
-    if main:
-        try:
-            os.makedirs(c["out"], exist_ok=True)
-            write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(json.dumps({**c, **source}, indent=1).encode()))
-            log = Log(os.path.join(c["out"], "log.jsonl"), start)
-        except OSError as error:
-            trouble = f"--out {c['out']} cannot be written to: {error}"
-    if agree([float(bool(trouble))], place)[0]:
-        raise BadRequest(trouble)
-    log = log or Log(os.devnull, start)
+    scaler = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16")
+    start, progress, log = begin(c, place, model, optimizer, scaler, SAME_RUN)
     if main:
         print(f"{c['task']}: {c['model']} on {c['data']}, {len(data):,} images, view {c['view'][0]}x{c['view'][1]} -> input "
               f"{c['img_size'][0]}x{c['img_size'][1]}, " + ", ".join(f"{k} {v}" for k, v in c["settings"].items() if v is not None))
-        print(f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
-              f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
-              f"({c['total_steps'] * c['batch_size'] / len(data):.2f} epochs), {c['warmup_steps']} of warm-up")
-        resnet = c["model"] in models.RESNETS
+        print(batch_line(c, len(data)))
         places = {"decoder": f"at the decoder {c['decoder']}", "none": "nowhere", 0: f"at the input ({c['token_how']})"}
-        token = "mask token " + places.get(c["token_at"], f"after {'stage' if resnet else 'layer'} {c['token_at']} ({c['token_how']})")
+        token = "mask token " + places.get(c["token_at"], f"after {'stage' if c['model'] in models.RESNETS else 'layer'} {c['token_at']} ({c['token_how']})")
         batch_mean = ", batch mean" if c["freq_batch_mean"] else ""
         frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{batch_mean})" if c["freq_weight"] else ""
         print(f"{token}, loss {c['loss']} of pixels, normalised: {c['norm_target']}{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, "
               f"gradient clip {c['clip'] or 'off'}{', relative positions' if c['relative_positions'] else ''}")
-        kernel = "convolutions channels-last" if resnet else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
-        print(f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
-              f"seed {c['seed']}, commit {source['commit'] or 'none'}, "
-              f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}", flush=True)
-    code = train(c, place, data, model, optimizer, scaler, start, progress, log)
-    if main and code:
-        print(f"stopped by signal {code - 128}, saved: --resume goes on")
-    elif main:
-        print(summary(c["out"]))
+        print(device_line(c, place, start), flush=True)
+
+    size, p = tuple(c["img_size"]), c["patch_size"]
+
+    def damage(view, labels, step, part):
+        return degrade.degrade(view, c["task"], size, p, seeded(c["seed"], DAMAGE, step), part, **c["settings"])
+
+    def loss_of(net, d):
+        with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+            prediction = net(d.inputs, d.hidden)
+        return losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted, **the_loss(c))
+
+    def look(step):                             # a model whose own prediction is not finite is not saved: the last one is worth more
+        if not main:
+            return "", {}
+        try:
+            picture = draw_picture(model, data, c, device)
+        except Failure as error:
+            return str(error), {}
+        if picture is None:
+            return "the model's prediction is not finite. Lower --lr or lengthen --warmup", {}
+        return "", {f"recovered_{step:07d}.png": picture}
+
+    code = train(c, place, data, model, optimizer, scaler, start, progress, log, damage, loss_of, look)
+    if main:
+        print(stopped(code) if code else summary(c["out"]))
     return code
+
+
+def stopped(code):
+    return f"stopped by signal {code - 128}, saved: --resume goes on"
 
 
 def summary(folder):

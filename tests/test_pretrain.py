@@ -64,7 +64,7 @@ def test_every_epoch_is_a_permutation_and_none_is_left_out():
 def test_a_batch_does_not_depend_on_how_it_is_split(kind, folder):
     data = P.MemorySet(*P.shapes(30)[:2], torch.device("cpu")) if kind == "memory" else P.FolderSet(str(folder))
     def views(parts, steps=range(2), workers=0):
-        return torch.cat([v for v, _ in data.batches(steps, 12, parts, (20, 24), (0.5, 1), 0, device=torch.device("cpu"), workers=workers)])
+        return torch.cat([v for v, _, _ in data.batches(steps, 12, parts, (20, 24), (0.5, 1), 0, device=torch.device("cpu"), workers=workers)])
     whole = views([(0, 12)])
     assert whole.shape == (24, 3, 20, 24) and 0 <= whole.min() and whole.max() <= 1 and not torch.equal(whole[:12], whole[12:])
     assert torch.equal(views([(0, 4), (4, 4), (8, 4)]), whole)
@@ -103,8 +103,8 @@ def test_any_image_is_read_as_rgb(tmp_path):
         assert turned.shape == (3, 60, 40) and (turned.float() - P.read_image(str(tmp_path / "a.jpg")).rot90(-1, (1, 2)).float()).abs().mean() < 4
     assert P.read_image(str(tmp_path / "moving.gif")).shape == (3, 40, 60)
     data = P.FolderSet(str(tmp_path))
-    data.size, data.scale, data.seed = (16, 16), (0.2, 1.0), 0
-    assert len(data) == 19 and all(data[0, i][0].shape == (3, 16, 16) and data[0, i][1] is None for i in range(19))
+    views = [data.view((0, i), (16, 16), (0.2, 1.0), 0) for i in range(19)]
+    assert len(data) == 19 and all(view.shape == (3, 16, 16) and place == i and bad is None for i, (view, place, bad) in enumerate(views))
     with pytest.raises(OSError, match="nothing.jpg"):
         P.read_image(str(tmp_path / "nothing.jpg"))
 

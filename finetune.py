@@ -1,0 +1,462 @@
+"""Fine-tune an encoder end to end with labels, or measure a classifier: *Beyond Masking* (BM) section 4.2, *A2MIM* (A2)
+sections 5.2, A.1, Table A2.
+
+    python finetune.py --weights runs/zoom_in_mask-vit_micro-shapes --labels 100      a laptop's CPU, minutes
+    python finetune.py --weights none --labels 100                                    the same from random weights
+    torchrun --nproc_per_node=8 finetune.py --weights RUN --data /path/to/imagenet    the paper's run
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
+        finetune.py --weights RUN --data /path/to/imagenet                            on two machines
+    python finetune.py --weights FINE_TUNED_RUN --eval                                only measure
+
+Labelled images are DIR/train/<class>/... and DIR/val/<class>/..., or a set by name. --weights takes a run of pretrain.py
+(model, sizes and data are then that run's), a file with timm's, MAE's or torchvision's names, or none. The loop, data,
+processes, precision, checkpoints and exit codes are pretrain.py's. A run leaves checkpoint.pt, log.jsonl, config.json,
+confusion.png and result.json, one line that is also printed last.
+"""
+import functools
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+
+import models
+import pretrain
+from pretrain import AUTOCAST, LABELS, BadRequest, Failure, agree, seeded
+
+# The papers' recipes and one that fits a CPU. lr is per 256 images; rand_augment: magnitude and its deviation; test_size
+# 0: the training size. A2's Table A2 prints 1e-3 (A3) and 1.5e-3 (A2): the first is RSB's own 8e-3 at batch 2048, the
+# second is not (RSB: 5e-3, 6.25e-4 per 256); the table is followed. The random crop and cls token are MAE's and BM's.
+DEIT = dict(img_size=[224], patch_size=16, epochs=100, warmup=5, batch_size=1024, micro=64, optimizer="adamw", lr=2.5e-4, weight_decay=0.05,
+            betas=[0.9, 0.999], clip=5, crop=[0.08, 1.0], layer_decay=0.65, drop_path=0.1, smoothing=0.1, rand_augment=[9, 0.5], mixup=0.8,
+            cutmix=1.0, loss="ce", pool="cls", test_size=0, test_crop=0.875)
+RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, weight_decay=0.02, clip=0, layer_decay=1.0, drop_path=0.0, smoothing=0.0,
+              rand_augment=[6, 0.5], mixup=0.1, loss="bce", test_size=224, test_crop=0.95)
+RECIPES = {
+    "deit": DEIT, "rsb_a3": RSB_A3,
+    "rsb_a2": dict(RSB_A3, img_size=[224], epochs=300, lr=1.5e-3, drop_path=0.05, rand_augment=[7, 0.5]),
+    "small": dict(DEIT, img_size=[32], patch_size=4, epochs=50, warmup=2.5, batch_size=64, micro=256, lr=4e-3, crop=[0.5, 1.0], layer_decay=0.65,
+                  drop_path=0.1, rand_augment=[0, 0], mixup=0.0, cutmix=0.0, pool="mean", test_crop=1.0),
+}
+SAYS = dict(
+    pretrain.DEVICE_SAYS, data="that of the run in --weights, or shapes", root="that of the run in --weights, or ./data",
+    model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
+    img_size="that of the run in --weights, for a ResNet by rsb_a3 160; else 224 or 32, for a ResNet 64", patch_size="that of the run in --weights, or 16 or 4",
+    epochs="100 (rsb_a2 300), 50 (small)", batch_size="1024 (deit), 2048 (rsb), 64 (small)", lr="2.5e-4 (deit), 1e-3, 1.5e-3 (rsb_a3, rsb_a2), 4e-3 (small)",
+    weight_decay="0.05 (rsb 0.02)", betas="0.9 0.999", clip="5 (rsb 0)", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
+    crop="0.08 1 (small 0.5 1)", save_every="a fifth of the run; the accuracy is measured with each", out="runs/finetune-WEIGHTS-DATA[-LABELS]")
+SAME_RUN = ("recipe", "weights", "labels", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
+            "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
+            "smoothing", "rand_augment", "mixup", "cutmix", "loss")
+MIX, DROP = 100, 101                                            # streams of random numbers, after pretrain's
+
+
+# ---------------------------------------------------------------------------------------------------
+# Labels, augmentation, loss
+# ---------------------------------------------------------------------------------------------------
+
+def few_labels(labels, k, seed):
+    """k rows of each class, (classes k,) int64, sorted. ValueError when a class has fewer."""
+    rows = []
+    for label in labels.unique().tolist():
+        of_class = (labels == label).nonzero()[:, 0]
+        if len(of_class) < k:
+            raise ValueError(f"--labels {k}: class {label} has only {len(of_class)} images")
+        rows.append(of_class[torch.randperm(len(of_class), generator=seeded(seed, LABELS, label))[:k]])
+    return torch.cat(rows).sort().values
+
+
+def rand_augment(image, generator, magnitude, deviation):
+    """RandAugment of a (C, H, W) uint8 image: two of torchvision's operations, at a strength of N(magnitude, deviation) on
+    timm's scale from 0 to 10, which Table A2's (9, 0.5) is on (torchvision's own 9 is 3 there).
+    """
+    strength = magnitude + deviation * float(torch.randn((), generator=generator))
+    with torch.random.fork_rng(devices=[]):                     # torchvision draws from the global generator
+        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+        return v2.RandAugment(2, round(10 * min(max(strength, 0), 10)), num_magnitude_bins=101, fill=[128] * len(image))(image)
+
+
+def mix(images, targets, mixup, cutmix, rng):
+    """Mixup or cutmix, by turns if both alphas are above 0: (B, C, H, W), (B, classes) -> the same, of an even B.
+
+    An image is mixed with its neighbour, in one proportion from Beta(alpha, alpha) for the whole batch; cutmix puts a box
+    of it in place. rng: numpy's, the same in all processes. (torchvision's MixUp and CutMix pair the images that a process
+    holds and draw from the global generator, so a run would depend on how a batch is split.)
+    """
+    if not mixup and not cutmix:
+        return images, targets
+    boxed = not mixup or (cutmix > 0 and rng.random() < 0.5)
+    share = rng.beta(*[cutmix if boxed else mixup] * 2)         # of the image itself
+    other = torch.arange(len(images), device=images.device) ^ 1
+    if boxed:
+        (H, W), (y, x) = images.shape[2:], rng.random(2)
+        half = (1 - share) ** 0.5 / 2
+        top, bottom, left, right = (min(max(round((at + side) * n), 0), n) for at, n in ((y, H), (x, W)) for side in (-half, half))
+        images, share = images.clone(), 1 - (bottom - top) * (right - left) / (H * W)
+        images[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
+    else:
+        images = share * images + (1 - share) * images[other]
+    return images, share * targets + (1 - share) * targets[other]
+
+
+def class_loss(scores, targets, loss, smoothing):
+    """scores, targets (B, classes) -> a number. "ce": cross-entropy, targets smoothed. "bce": RSB's binary cross-entropy,
+    every class that makes up more than a fifth of the image is there, the mean over images and classes.
+    """
+    if loss == "bce":
+        return F.binary_cross_entropy_with_logits(scores.float(), (targets > 0.2).float())
+    return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Optimisers
+# ---------------------------------------------------------------------------------------------------
+
+def layer_scale(model, decay):
+    """name -> decay^(L + 1 - l), what a ViT parameter's learning rate is times: l = 0 for the embeddings, block l's own
+    1 .. L, L + 1 for what comes after (BEiT, A2 A.1). 1 throughout for decay 1.
+    """
+    def scale(name):
+        if decay == 1:
+            return 1.0
+        after = len(model.blocks) + 1
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else after
+        return decay ** (after - layer)
+    return scale
+
+
+class LAMB(torch.optim.Optimizer):
+    """LAMB: You et al., Large Batch Optimization for Deep Learning (arXiv 1904.00962), Algorithm 2, with bias correction.
+
+    u = m / (sqrt(v) + eps) + weight_decay w;  w <- w - lr |w| / |u| u, where the ratio of norms is 1 when either is 0.
+    # differs from Algorithm 2: as in RSB's code, parameters without weight decay (biases, norms) keep the ratio 1.
+    """
+
+    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-6):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                state = self.state[w]
+                if not state:
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
+                state["step"] += 1
+                t = state["step"].item()
+                m, v = state["exp_avg"].lerp_(w.grad, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
+                u = m / (1 - beta1 ** t) / ((v / (1 - beta2 ** t)).sqrt() + group["eps"]) + group["weight_decay"] * w
+                ratio = 1.0
+                if group["weight_decay"]:
+                    of_w, of_u = w.norm(), u.norm()
+                    ratio = torch.where((of_w > 0) & (of_u > 0), of_w / of_u, 1.0)
+                w.sub_(group["lr"] * ratio * u)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, data, c, place, bad_files):
+    """Accuracy over all images of `data`, each counted once however many processes share them: {top1, top5 in %, images,
+    confusion}; confusion (true, predicted) counts, for up to 100 classes. Every process calls it. Failure when more than 1%
+    of the files cannot be read.
+    """
+    classes, size = len(data.classes), [c["test_size"]] * 2 if c["test_size"] else c["img_size"]
+    confusion, first, fifth, bad = torch.zeros(classes, classes, dtype=torch.long), 0, 0, 0
+    rows, training = torch.arange(len(data))[place.rank::place.world], model.training
+    model.eval()
+    for views, labels, unread in data.plain(rows, 256, size, c["test_crop"], device=place.device, workers=c["workers"]):
+        bad += bad_files.meet(unread)
+        if views is None:
+            continue
+        with torch.autocast(place.device.type, *AUTOCAST[c["amp"]]):
+            top = model(views).float().topk(min(5, classes)).indices                           # (k, 5)
+        hit = top == labels[:, None]
+        first, fifth = first + int(hit[:, 0].sum()), fifth + int(hit.sum())
+        confusion += torch.bincount((labels * classes + top[:, 0]).cpu(), minlength=classes ** 2).view(classes, classes)
+    model.train(training)
+    small = classes <= 100
+    first, fifth, bad, *counts = agree([first, fifth, bad, *(confusion.flatten().tolist() if small else [])], place)
+    if bad > 0.01 * len(data):
+        files = bad_files.listed(place)
+        raise Failure("" if place.rank else f"{int(bad)} of {len(data)} images to measure on cannot be read: mend or replace {files}")
+    seen = len(data) - int(bad)
+    return dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2), images=seen,
+                confusion=torch.tensor(counts).view(classes, classes).long() if small else None)
+
+
+def confusion_picture(confusion, classes):
+    """Rows: what an image is, columns: what it was taken for, in % of the row. A Pillow picture."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, cell, n = ImageFont.load_default(12), 34, len(classes)
+    names = [name if len(name) < 15 else name[:13] + ".." for name in classes]
+    left = 12 + max(int(font.getlength(name)) for name in names)
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    picture = Image.new("RGB", (left + n * cell + 8, 26 + n * cell + left), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 6), "rows: true class, columns: predicted, % of the row", "black", font)
+    for i, name in enumerate(names):
+        draw.text((left - 6 - font.getlength(name), 26 + i * cell + 9), name, "black", font)
+        column = Image.new("RGB", (left, cell), "white")
+        ImageDraw.Draw(column).text((0, 9), name, "black", font)
+        picture.paste(column.rotate(-90, expand=True), (left + i * cell, 30 + n * cell))
+        for j in range(n):
+            s = float(share[i, j])
+            colour = (int(255 - 205 * s), int(255 - 155 * s), 255) if i == j else (255, int(255 - 190 * s), int(255 - 190 * s))
+            x, y = left + j * cell, 26 + i * cell
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline="lightgray")
+            if s >= 0.005:
+                text = f"{100 * s:.0f}"
+                draw.text((x + (cell - font.getlength(text)) / 2, y + 9), text, "white" if s > 0.7 else "black", font)
+    return picture
+
+
+def report(c, figures, out):
+    """Print the one line of results, and save it as OUT/result.json. Beside it what to compare with: the same run from
+    random weights, if it lies in a neighbouring folder, or how to get it.
+    """
+    same = {k: c.get(k) for k in ("script", "model", "data", "labels", "seed", "total_steps", "blocks", "recipe", "pool")}
+    mine, none = dict(same, weights=c["weights"], **figures), None
+    if out and c["weights"] != "none":
+        folder = os.path.dirname(os.path.abspath(out))
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            try:
+                with open(os.path.join(folder, name, "result.json")) as file:
+                    other = json.load(file)
+            except (OSError, ValueError):
+                continue
+            if other.get("weights") == "none" and all(other.get(k) == v for k, v in same.items()):
+                none = dict(out=os.path.join(os.path.dirname(out), name), **{k: other[k] for k in figures if k in other})
+        mine["compared_with"] = dict(weights="none", **(none or dict(missing="the same command with --weights none and its own --out")))
+    line = json.dumps({k: v for k, v in mine.items() if v is not None})
+    if out:
+        os.makedirs(out, exist_ok=True)
+        pretrain.write_whole(os.path.join(out, "result.json"), lambda file: file.write(line.encode() + b"\n"))
+    print(line)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------
+
+def weights_options(p):
+    """What finetune.py, probe.py and analyze.py ask about an encoder."""
+    p.set_defaults(data=None, root=None)                        # those of the run in --weights
+    p.add_argument("--pool", choices=("cls", "mean"), help="a ViT's features: the cls token (BM), or the mean of the others; default: cls for a folder, mean for the small sets")
+    p.add_argument("--relative_positions", action="store_true", help="the ViT has a relative position bias; default: as the run in --weights")
+
+
+def options():
+    p = pretrain.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    pretrain.common_options(p, SAYS)
+    weights_options(p)
+    o = p.add_argument
+    o("--recipe", choices=RECIPES, help="Table A2's, or one for a CPU; default: deit for a ViT, rsb_a3 for a ResNet, small for the small sets")
+    o("--labels", type=int, metavar="K", help="keep K labelled images a class, chosen by --seed; default: all")
+    o("--eval", action="store_true", help="only measure the classifier in --weights")
+    o("--optimizer", choices=("adamw", "lamb"), help="default: adamw, lamb (rsb)")
+    o("--layer_decay", type=float, help="a ViT layer's learning rate over the next one's; default: 0.65, for a ResNet 1")
+    o("--drop_path", type=float, help="stochastic depth of the last layer; default: 0.1, 0.05 (rsb_a2), 0 (rsb_a3)")
+    o("--loss", choices=("ce", "bce"), help="cross-entropy, or binary cross-entropy of each class; default: ce, bce (rsb)")
+    o("--smoothing", type=float, help="of the labels; default: 0.1, 0 (rsb)")
+    o("--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="RandAugment's strength, 0 to 10, 0 for none, and its deviation; default: 9 .5 (deit), 7 .5 (rsb_a2), 6 .5 (rsb_a3), 0 0 (small)")
+    o("--mixup", type=float, metavar="ALPHA", help="0 for none; default: .8 (deit), .1 (rsb), 0 (small)")
+    o("--cutmix", type=float, metavar="ALPHA", help="0 for none; default: 1, 0 (small)")
+    o("--test_size", type=int, metavar="PX", help="measure at this size, a ResNet only; default: 224 (rsb), else the training size")
+    o("--test_crop", type=float, help="side of the central part that is measured; default: .875 (deit), .95 (rsb), 1 (small)")
+    return p
+
+
+def open_weights(args):
+    """--weights as a dict of tensors, or None; and args' model, sizes and data those of its run where they were not given."""
+    state, config = None, {}
+    if args.weights != "none":
+        try:
+            state = models.read_weights(args.weights)
+        except ValueError as error:
+            raise BadRequest(str(error))
+        config = state.get("config") or {}
+        config = config if isinstance(config, dict) else {}
+    for name in ("model", "img_size", "patch_size", "relative_positions", "pool", "data", "root", *(("test_size", "test_crop") if vars(args).get("eval") else ())):
+        if not getattr(args, name):
+            setattr(args, name, config.get(name))
+    args.data, args.root, args.relative_positions = args.data or "shapes", args.root or "data", bool(args.relative_positions)
+    return state
+
+
+def labelled_data(args, place):
+    """--data's labelled images to train on, --labels of each class if given, and those to measure on, of the same classes."""
+    data, val = (pretrain.load_data(vars(args), place, split, labelled=True) for split in ("train", "val"))
+    missing, extra = ([x for x in a if x not in b] for a, b in ((data.classes, val.classes), (val.classes, data.classes)))
+    if missing or extra:
+        raise BadRequest(f"the classes of {args.data}/val are not those of train: " + "; ".join(
+            f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" for what, names in (("without", missing), ("more:", extra)) if names))
+    if args.labels is None:
+        return data, val
+    if args.labels < 1:
+        raise BadRequest(f"--labels {args.labels} must be more than 0")
+    try:
+        return data.keep(few_labels(data.labels, args.labels, args.seed)), val
+    except ValueError as error:
+        raise BadRequest(str(error))
+
+
+def name_weights(c):
+    """WEIGHTS-DATA[-LABELS], what a run's folder is called after; --weights and --data brought to a normal form."""
+    c["weights"] = c["weights"] if c["weights"] == "none" else os.path.normpath(c["weights"])
+    base = os.path.splitext(os.path.basename(c["weights"].removesuffix(os.sep + "checkpoint.pt")))[0]
+    return f"{base}-{os.path.basename(c['data'])}" + (f"-{c['labels']}" if c["labels"] else "")
+
+
+def is_small(data):
+    return data == "shapes" or data in pretrain.TORCHVISION
+
+
+def recipe_of(name, data, model):
+    """A recipe by name as a new dict, for this data and model (None: the data's default)."""
+    model = model or ("vit_micro" if is_small(data) else "vit_base")
+    resnet = model in models.RESNETS
+    recipe = dict(RECIPES[name], model=model)
+    if is_small(data):
+        recipe.update(dict(img_size=[64], patch_size=8) if resnet else dict(img_size=[32], patch_size=4), test_size=0)
+    if resnet and name == "small":
+        recipe.update(layer_decay=1.0, drop_path=0.0)
+    return recipe
+
+
+def resolve(args, place, data):
+    """The command line and the recipe as one dict of JSON values. BadRequest for what cannot be run."""
+    resnet = args.model in models.RESNETS
+    name = args.recipe or ("small" if is_small(args.data) else "rsb_a3" if resnet else "deit")
+    if name == "deit" and resnet or name.startswith("rsb") and not resnet:
+        raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s, --model {args.model} is none")
+    recipe = recipe_of(name, args.data, args.model)
+    c = dict(vars(args), recipe=name, script="finetune")
+    if name == "rsb_a3" and recipe["test_size"] and not c["eval"] and c["img_size"] == [224, 224]:
+        c["img_size"] = None                                    # RSB A3 trains at 160 what was pre-trained at 224
+    pretrain.settle(c, recipe)
+    if not resnet and c["test_size"]:
+        raise BadRequest(f"--test_size {c['test_size']} is for a ResNet: a ViT is measured at --img_size")
+    if not resnet and not 0 < c["layer_decay"] <= 1 or resnet and c["layer_decay"] != 1:
+        raise BadRequest(f"--layer_decay {c['layer_decay']} must be in (0, 1], and is a ViT's")
+    for option, top in (("drop_path", 1), ("smoothing", 1)):
+        if not 0 <= c[option] < top:
+            raise BadRequest(f"--{option} {c[option]} must be in [0, 1)")
+    if not 0 < c["test_crop"] <= 1:
+        raise BadRequest(f"--test_crop {c['test_crop']} must be in (0, 1]")
+    if not 0 <= c["rand_augment"][0] <= 10:
+        raise BadRequest(f"--rand_augment {c['rand_augment'][0]}: the magnitude is from 0 to 10")
+    pretrain.not_negative(c, "mixup", "cutmix", "test_size")
+    pretrain.share_out(c, recipe, place, len(data), data.channels, "finetune-" + name_weights(c))
+    if args.save_every is None:
+        c["save_every"] = max(1, math.ceil(c["total_steps"] / 5))
+    if (c["mixup"] or c["cutmix"]) and c["images_per_process"] % 2:
+        raise BadRequest(f"mixup pairs neighbours, and {c['images_per_process']} images at once are odd: choose another --batch_size or --accum, or --mixup 0 --cutmix 0")
+    c.update(view=c["img_size"], classes=data.classes)
+    return c
+
+
+def load_model(c, state, place, classes=0):
+    """The encoder of c with a fresh head for so many classes (0: none), `state` loaded into it. -> model, models.Loaded or
+    None. BadRequest when they do not suit each other.
+    """
+    torch.manual_seed(c["seed"])
+    try:
+        model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"], c["pool"])
+        if classes and c["model"] in models.VITS:
+            nn.init.trunc_normal_(model.head.weight, std=2e-5)  # MAE's, so that fine-tuning begins with the encoder's features
+        report = None if state is None else models.load_weights(model, state)
+    except ValueError as error:
+        raise BadRequest(str(error))
+    return models.to_device(model, place.device), report
+
+
+def run(args):
+    """One fine-tuning, or with --eval one measurement, from the command line's options. Returns the exit code."""
+    state, place = open_weights(args), pretrain.set_up(args.device)
+    main, device = place.rank == 0, place.device
+    data, val = labelled_data(args, place)
+    c = resolve(args, place, data)
+    classes, bad_files = len(data.classes), pretrain.BadFiles(len(val), 1)
+    head = "fc.weight" if c["model"] in models.RESNETS else "head.weight"
+    if c["eval"]:
+        weights = {} if state is None else models.tensors(state)
+        if head not in weights or len(weights[head]) != classes:
+            raise BadRequest(f"--eval: {c['weights']} has {'no classifier' if head not in weights else f'a classifier of {len(weights[head])} classes'}, "
+                             f"{c['data']} has {classes} classes: give a fine-tuned run, and the --data it was made for")
+    model, loaded = load_model(c, state, place, classes)
+    if main and loaded:
+        print(loaded)
+    if c["eval"]:
+        figures = evaluate(model, val, c, place, bad_files)
+        confusion = figures.pop("confusion")
+        if main:
+            report(c, figures, args.out)
+            if args.out and confusion is not None:
+                confusion_picture(confusion, data.classes).save(os.path.join(args.out, "confusion.png"))
+        return 0
+    if c["model"] in models.VITS:
+        model.pos_embed.requires_grad_(True)                    # as in MAE's and BM's fine-tuning
+    groups = pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"]))
+    if c["optimizer"] == "lamb":
+        optimizer = LAMB(groups, lr=c["actual_lr"], betas=tuple(c["betas"]))
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=c["actual_lr"], betas=tuple(c["betas"]), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16")
+    start, progress, log = pretrain.begin(c, place, model, optimizer, scaler, SAME_RUN)
+    if main:
+        print(f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes"
+              f"{' (' + str(c['labels']) + ' a class)' if c['labels'] else ''}, measured on {len(val):,}, input {c['img_size'][0]}x{c['img_size'][1]}")
+        print(pretrain.batch_line(c, len(data)))
+        print(f"{c['optimizer']}, layer decay {c['layer_decay']:g}, weight decay {c['weight_decay']:g}, gradient clip {c['clip'] or 'off'}, loss {c['loss']}, "
+              f"smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, RandAugment {c['rand_augment'][0]:g} {c['rand_augment'][1]:g}, "
+              f"mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, features: {'mean' if c['model'] in models.RESNETS else c['pool']}")
+        print(pretrain.device_line(c, place, start), flush=True)
+    last = {}
+
+    def prepare(view, labels, step, part):
+        targets = F.one_hot(labels, classes).float()
+        rng = np.random.default_rng((c["seed"], MIX, step))
+        kept = None
+        if c["drop_path"]:
+            kept = models.drop_path(len(view), model.branches, c["drop_path"], seeded(c["seed"], DROP, step), part).to(device)
+        return *mix(view, targets, c["mixup"], c["cutmix"], rng), kept
+
+    def loss_of(net, prepared):
+        images, targets, kept = prepared
+        with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+            scores = net(images, kept)
+        return class_loss(scores, targets, c["loss"], c["smoothing"])
+
+    def look(step):
+        if not all(agree([float(all(p.isfinite().all() for p in model.parameters()))], place)):
+            return "the weights are not finite. Lower --lr or lengthen --warmup", {}
+        figures = evaluate(model, val, c, place, bad_files)
+        confusion = figures.pop("confusion")
+        last.update(figures)
+        log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **figures)
+        return "", {"confusion.png": confusion_picture(confusion, data.classes)} if main and classes <= 40 else {}
+
+    augment = functools.partial(rand_augment, magnitude=c["rand_augment"][0], deviation=c["rand_augment"][1]) if c["rand_augment"][0] else None
+    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, look, augment)
+    if not last:                                                # resumed after its end
+        look(start)
+    if main and code:
+        print(pretrain.stopped(code))
+    elif main:
+        report(c, last, c["out"])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(pretrain.command(run, options))

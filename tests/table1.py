@@ -1,0 +1,215 @@
+"""Does pre-training pay? BM's Table 1 at the size of a laptop: every task, and none, for the same time of pre-training.
+
+    python tests/table1.py                                            the built-in pictures, about two hours on 2 CPU cores
+    python tests/table1.py --data fashion_mnist --root data --download
+    python tests/table1.py --tasks mask none --seeds 1 --share 0.1    a tenth of it, to try
+
+vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
+and finetune.py with 20 and with 100 labels a class, three draws of labels each; BOLD tasks and none from three
+pre-training seeds. What a task costs settles how many images it sees: about 2.5 times as many where the encoder drops 75%
+of the patches. One encoder is at work on each core. A stopped table goes on where it was: every part is a run of its own
+in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md. No setting is tuned to a task: all share one learning rate and batch.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import degrade
+import pretrain
+
+# steps of 128 images in about ten minutes of one core: where the encoder drops 75% of the patches, and where it sees them all
+DATA = {"shapes": dict(size=32, steps=(4200, 1500)), "fashion_mnist": dict(size=28, steps=(5400, 2000))}
+BOLD = ("mask", "zoom_in_mask")                                 # from three seeds, as is none
+LABELS = {20: 250, 100: 500}                                    # labels a class: steps of fine-tuning, of 64 images
+DRAWS, PRETRAIN, PROBE = 3, 600, 90                             # PRETRAIN, PROBE: seconds of one core, to foresee the end
+# ImageNet top-1 of ViT-B/16 after fine-tuning: BM Table 1 (300 epochs; distort with missing pixels, Table 2), A2 Table 2 (800)
+PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8, decolor=81.4, zoom_in_mask=83.2, simmim=83.8, a2mim=84.2)
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--data", default="shapes", choices=DATA, help="default: shapes")
+    p.add_argument("--root", default="data", help="where the torchvision sets are kept; default: ./data")
+    p.add_argument("--download", action="store_true", help="fetch the torchvision set")
+    p.add_argument("--out", metavar="DIR", help="default: runs/table1-DATA")
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all, and none")
+    p.add_argument("--seeds", type=int, default=3, help="pre-training seeds of mask, zoom_in_mask and none; default: 3")
+    p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
+    return p
+
+
+def encoders(args):
+    """(task, seed) of every encoder, the ones with several seeds first."""
+    grey = args.data == "fashion_mnist"
+    tasks = args.tasks or [t for t in (*list(degrade.TASKS)[:9], "none") if not (grey and t == "decolor")]
+    return sorted(((t, seed) for t in tasks for seed in range(args.seeds if t in (*BOLD, "none") else 1)), key=lambda e: (e[1], e[0] not in BOLD))
+
+
+def jobs(args, task, seed):
+    """The commands for one encoder, in order: [(folder, seconds of one core, arguments)]."""
+    d, out, found = DATA[args.data], Path(args.out), []
+    def steps(n):
+        return str(max(1, round(n * args.share)))
+    data = ["--data", args.data, "--root", args.root, "--workers", "0"]
+    sizes = ["--model", "vit_micro", "--img_size", str(d["size"]), "--patch_size", "4"]
+    weights = "none" if task == "none" else str(out / f"pretrain-{task}-{seed}")
+    if task != "none":
+        drops = degrade.task_settings(task)["mask_ratio"] == 0.75
+        n = steps(d["steps"][0 if drops else 1])
+        found.append((f"pretrain-{task}-{seed}", PRETRAIN, ["pretrain.py", "--task", task, *data, *sizes, "--batch_size", "128", "--lr", "3e-3", "--steps", n,
+                                                           "--seed", str(seed), "--save_every", "1000", "--resume"]))
+    found.append((f"probe-{task}-{seed}", PROBE, ["probe.py", "--weights", weights, *data, *sizes, "--seed", str(seed)]))
+    for k, n in LABELS.items():
+        for draw in range(DRAWS):
+            found.append((f"finetune-{task}-{seed}-{k}-{draw}", 10 + n / 6, ["finetune.py", "--weights", weights, *data, *sizes, "--labels", str(k),
+                          "--steps", steps(n), "--save_every", "100000", "--seed", str(DRAWS * seed + draw), "--resume"]))
+    return found
+
+
+def result(folder):
+    """What a finished part left: its result, for pre-training the last line of its log; None if it is not finished."""
+    try:
+        if (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text())
+        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        config = json.loads((folder / "config.json").read_text())
+        done = config.get("task") and last["step"] == config["total_steps"] and (folder / "checkpoint.pt").exists()
+        return dict(last, images=config["total_steps"] * config["batch_size"], hardware=config["hardware"]) if done else None
+    except (OSError, ValueError, IndexError, KeyError):
+        return None
+
+
+class Work:
+    """Runs the commands, an encoder on each core, and tells how far it is."""
+
+    def __init__(self, args):
+        self.args, self.lock, self.running, self.stopped = args, threading.Lock(), set(), ""
+        self.file, self.results = os.path.join(args.out, "results.json"), {}
+        if os.path.exists(self.file):
+            with open(self.file) as file:
+                self.results = json.load(file)
+        everything = [jobs(args, *e) for e in encoders(args)]
+        self.count, self.left = sum(map(len, everything)), sum(cost for of_one in everything for _, cost, _ in self.open(of_one))
+        self.began, self.worked, self.finished = time.time(), 0.0, self.count - sum(len(self.open(of_one)) for of_one in everything)
+        self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+
+    def open(self, of_one):
+        """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""
+        todo = [job for job in of_one if job[0] not in self.results]
+        first = of_one[0]
+        if todo and first not in todo and first[0].startswith("pretrain") and not result(Path(self.args.out) / first[0]):
+            todo.insert(0, first)
+        return todo
+
+    def encoder(self, task, seed):
+        with self.lock:
+            core = self.cores.pop()
+        try:
+            for job in self.open(jobs(self.args, task, seed)):
+                if self.stopped or not self.one(*job, core):
+                    return
+        finally:
+            self.cores.append(core)
+
+    def one(self, folder, cost, argv, core):
+        """Run one command, if it has not been; whether it went well."""
+        out, found = Path(self.args.out) / folder, result(Path(self.args.out) / folder)
+        alone = None if core is None else lambda: os.sched_setaffinity(0, {core})
+        if not found:
+            with open(f"{out}.txt", "w") as log:
+                with self.lock:
+                    if self.stopped:
+                        return False
+                    job = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log, preexec_fn=alone)
+                    self.running.add(job)
+                code = job.wait()
+                self.running.discard(job)
+            found = result(out)
+        with self.lock:
+            if not found:
+                self.stopped = self.stopped or f"{folder} ended with code {code}: look into {out}.txt"
+                return False
+            self.results[folder] = found
+            pretrain.write_whole(self.file, lambda file: file.write(json.dumps(self.results, indent=0).encode()))
+            self.finished, self.left, self.worked = self.finished + 1, self.left - cost, self.worked + cost
+            spent = time.time() - self.began
+            to_go = self.left * spent / self.worked
+            says = " ".join(f"{k} {found[k]:g}" for k in ("loss", "knn", "linear", "top1") if k in found)
+            print(f"[{self.finished}/{self.count}] {folder}: {says}   {spent / 60:.0f} min, about {to_go / 60:.0f} to go", flush=True)
+        return True
+
+    def stop(self, number=None, frame=None):
+        """Every command saves and leaves."""
+        self.stopped = "stopped: the same command goes on"
+        for job in list(self.running):
+            job.terminate()
+
+
+def spread(values, many=True):
+    """mean ± deviation, the sample's; a plain number where there is one."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(results, data):
+    """results {folder: result} -> the table in Markdown, tasks by their accuracy with the most labels."""
+    found, k_most = {}, max(LABELS)
+    for folder, r in results.items():
+        kind, task, seed, *more = folder.split("-")
+        row = found.setdefault(task, {})
+        if kind == "pretrain":
+            row.setdefault("images", []).append(r["images"])
+        elif kind == "probe":
+            row.setdefault("knn", []).append(r["knn"]), row.setdefault("linear", []).append(r["linear"])
+        else:
+            row.setdefault(int(more[0]), {}).setdefault(seed, []).append(r["top1"])
+    def all_of(row, k):                                         # every draw of every seed
+        return [x for draws in row.get(k, {}).values() for x in draws]
+    order = sorted((t for t in found if all_of(found[t], k_most)), key=lambda t: -statistics.mean(all_of(found[t], k_most)))
+    paper = sorted((t for t in order if t in PAPER and t not in ("simmim", "a2mim")), key=lambda t: -PAPER[t])
+    ours = [t for t in order if t in paper]
+    classes = {"shapes": 10, "fashion_mnist": 10}[data]
+    lines = ["| pre-training | seeds | images | k-NN | linear probe | " + " | ".join(f"{k * classes:,} labels" for k in LABELS) + " | place | BM's place (ImageNet) |",
+             "|---|---|---|---|---|" + "---|" * len(LABELS) + "---|---|"]
+    for t in order:
+        row = found[t]
+        place = (f"{ours.index(t) + 1}", f"{paper.index(t) + 1} ({PAPER[t]})") if t in paper else ("", f"A2: {PAPER[t]}" if t in PAPER else "")
+        lines.append(f"| `{t}` | {len(row['knn'])} | {row['images'][0]:,} | " .replace("`none`", "none") if "images" in row else f"| {t} | {len(row['knn'])} | 0 | ")
+        lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(spread(all_of(row, k)) for k in LABELS), *place]) + " |"
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    args = options().parse_args(argv)
+    args.out = os.path.abspath(args.out or os.path.join("runs", f"table1-{args.data}"))
+    args.root = os.path.abspath(args.root)
+    unknown = [t for t in args.tasks or [] if t not in (*degrade.TASKS, "none")]
+    if unknown:
+        sys.exit(f"table1.py: --tasks {unknown[0]} is none of {', '.join(degrade.TASKS)}, none")
+    if args.download:
+        pretrain.load_data(dict(data=args.data, root=args.root, download=True), pretrain.Place(0, 1, "cpu"))
+    os.makedirs(args.out, exist_ok=True)
+    work = Work(args)
+    signal.signal(signal.SIGTERM, work.stop), signal.signal(signal.SIGINT, work.stop)
+    print(f"{work.count} commands on {len(work.cores)} cores, {work.finished} done before, about {work.left / len(work.cores) / 60:.0f} minutes to go -> {args.out}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(len(work.cores)) as pool:
+        list(pool.map(lambda e: work.encoder(*e), encoders(args)))
+    text = table(work.results, args.data)
+    pretrain.write_whole(os.path.join(args.out, "table.md"), lambda file: file.write(text.encode() + b"\n"))
+    print(text)
+    if work.stopped:
+        sys.exit(f"table1.py: {work.stopped}")
+
+
+if __name__ == "__main__":
+    main()
