@@ -12,7 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import finetune  # noqa: E402
 import pretrain  # noqa: E402
+import probe  # noqa: E402
 
 TINY = ("--model vit_micro --img_size 16 --patch_size 4 --batch_size 8 --workers 0 --save_every 2 --log_every 1 "
         "--amp off --steps 6").split()
@@ -44,6 +46,33 @@ def folder(tmp_path_factory):
     return where
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """train/ and val/ with three classes that differ in brightness: 12 and 5 or 4 pictures of each, 13 in val."""
+    from PIL import Image
+    where = tmp_path_factory.mktemp("labelled")
+    pixels = torch.rand(60, 20, 24, 3, generator=torch.Generator().manual_seed(0)) * 0.2
+    for i, picture in enumerate(pixels):
+        label, split, of_class = i % 3, "train" if i < 36 else "val", f"class{i % 3}"
+        if split == "val" and i >= 36 + 13:
+            break
+        (where / split / of_class).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((picture + 0.4 * label) * 255).byte().numpy()).save(where / split / of_class / f"{i:02d}.png")
+    return where
+
+
+@pytest.fixture
+def of(labelled, tmp_path, capfd):
+    """of(module, *options) -> (exit code, what was printed, what was complained about), of finetune or probe on `labelled`."""
+    def go(module, *argv, out=None, data=None):
+        tiny = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off".split()
+        tiny += "--batch_size 8 --save_every 3 --log_every 1 --steps 6".split() if module is finetune else []
+        argv = [*tiny, "--data", str(data or labelled), "--out", str(out or tmp_path / "run"), *map(str, argv)]
+        code = pretrain.command(module.run, module.options, argv)
+        return code, *capfd.readouterr()
+    return go
+
+
 @pytest.fixture
 def run(folder, tmp_path, capfd):
     """run(*options) -> (exit code, what was printed, what was complained about), of pretrain.py on the folder."""
@@ -54,15 +83,15 @@ def run(folder, tmp_path, capfd):
     return go
 
 
-def script(*argv, processes=1, preamble="", **popen):
-    """Start pretrain.py as a user would, in other processes; `preamble` is Python that runs before it."""
+def script(*argv, processes=1, preamble="", name="pretrain.py", **popen):
+    """Start pretrain.py, or another script, as a user would, in other processes; `preamble` is Python that runs before it."""
     if preamble:
         code = f"{preamble}\nimport sys, pretrain\nsys.exit(pretrain.command(pretrain.run, pretrain.options, sys.argv[1:]))"
         start = [sys.executable, "-c", code]
     elif processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "pretrain.py"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", name]
     else:
-        start = [sys.executable, "pretrain.py"]
+        start = [sys.executable, name]
     return subprocess.Popen([*start, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, **popen)
 

@@ -103,6 +103,7 @@ class Work:
         self.count, self.left = sum(map(len, everything)), sum(cost for of_one in everything for _, cost, _ in self.open(of_one))
         self.began, self.worked, self.finished = time.time(), 0.0, self.count - sum(len(self.open(of_one)) for of_one in everything)
         self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+        self.everyone = list(self.cores)
 
     def open(self, of_one):
         """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""
@@ -126,7 +127,8 @@ class Work:
         """Run one command, if it has not been; whether it went well."""
         out, found = Path(self.args.out) / folder, result(Path(self.args.out) / folder)
         alone = None if core is None else lambda: os.sched_setaffinity(0, {core})
-        if not found:
+        ran = not found
+        if ran:
             with open(f"{out}.txt", "w") as log:
                 with self.lock:
                     if self.stopped:
@@ -142,9 +144,10 @@ class Work:
                 return False
             self.results[folder] = found
             pretrain.write_whole(self.file, lambda file: file.write(json.dumps(self.results, indent=0).encode()))
-            self.finished, self.left, self.worked = self.finished + 1, self.left - cost, self.worked + cost
+            self.finished, self.left = self.finished + 1, self.left - cost
+            self.worked += cost if ran else 0
             spent = time.time() - self.began
-            to_go = self.left * spent / self.worked
+            to_go = self.left * (spent / self.worked if self.worked else 1 / len(self.everyone))
             says = " ".join(f"{k} {found[k]:g}" for k in ("loss", "knn", "linear", "top1") if k in found)
             print(f"[{self.finished}/{self.count}] {folder}: {says}   {spent / 60:.0f} min, about {to_go / 60:.0f} to go", flush=True)
         return True
@@ -201,8 +204,8 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     work = Work(args)
     signal.signal(signal.SIGTERM, work.stop), signal.signal(signal.SIGINT, work.stop)
-    print(f"{work.count} commands on {len(work.cores)} cores, {work.finished} done before, about {work.left / len(work.cores) / 60:.0f} minutes to go -> {args.out}", flush=True)
-    with concurrent.futures.ThreadPoolExecutor(len(work.cores)) as pool:
+    print(f"{work.count} commands on {len(work.everyone)} cores, {work.finished} done before, about {work.left / len(work.everyone) / 60:.0f} minutes to go -> {args.out}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(len(work.everyone)) as pool:
         list(pool.map(lambda e: work.encoder(*e), encoders(args)))
     text = table(work.results, args.data)
     pretrain.write_whole(os.path.join(args.out, "table.md"), lambda file: file.write(text.encode() + b"\n"))

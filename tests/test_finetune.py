@@ -1,0 +1,397 @@
+"""Fine-tuning by its parts and through the real script: BM section 4.2; A2 section 5.2, A.1, Table A2."""
+import json
+import math
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import finetune
+import models
+import pretrain
+from conftest import gradients_of, script, weights_of
+
+PLACE = pretrain.Place(0, 1, torch.device("cpu"))
+
+
+def result_of(said):
+    return json.loads(said.strip().splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The parts
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_layer_decay_puts_each_parameter_in_one_group_with_the_rate_by_hand(relative):
+    """A2 A.1, BEiT: embeddings decay^(L + 1), block l of 1 .. L decay^(L + 1 - l), norm and head 1."""
+    model = models.encoder("vit_micro", 16, 4, num_classes=3, relative_positions=relative)
+    model.pos_embed.requires_grad_(True)
+    groups = pretrain.parameter_groups(model, 0.05, finetune.layer_scale(model, 0.5))
+    names = {id(p): n for n, p in model.named_parameters()}
+    seen = [names[id(p)] for g in groups for p in g["params"]]
+    assert sorted(seen) == sorted(names.values())
+    rate = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert rate["cls_token"] == rate["pos_embed"] == rate["patch_embed.proj.bias"] == (1 / 128, 0)
+    assert rate["patch_embed.proj.weight"] == (1 / 128, 0.05)
+    assert rate["blocks.0.attn.qkv.weight"] == (1 / 64, 0.05) and rate["blocks.0.norm1.weight"] == (1 / 64, 0)
+    assert rate["blocks.5.mlp.fc2.weight"] == (1 / 2, 0.05)
+    assert rate["norm.weight"] == (1, 0) and rate["head.weight"] == (1, 0.05) and rate["head.bias"] == (1, 0)
+
+
+def test_the_layers_rates_reach_the_optimiser(of, tmp_path):
+    """AdamW's first step moves each weight by its learning rate (no decay), so far blocks move less."""
+    assert of(finetune, "--steps", 1, "--warmup", 0, "--layer_decay", 0.5, "--weight_decay", 0, "--clip", 0, "--weights", "none", "--lr", 0.032)[0] == 0
+    torch.manual_seed(0)
+    before, after = models.encoder("vit_micro", 16, 4, num_classes=3).state_dict(), weights_of(tmp_path / "run")
+    for name, scale in (("blocks.5.norm2.bias", 1 / 2), ("blocks.2.norm2.bias", 1 / 16), ("head.bias", 1)):
+        assert (after[name] - before[name]).abs().max().item() == pytest.approx(0.001 * scale, rel=0.02), name
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_mixup_and_cutmix_targets_sum_to_one_and_are_the_pixels_shares(mixup, cutmix):
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 40, 60)
+    kinds = set()
+    for step in range(20):
+        mixed, targets = finetune.mix(images, torch.eye(2), mixup, cutmix, np.random.default_rng(step))
+        torch.testing.assert_close(targets.sum(1), torch.ones(2))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), targets[:, 1])                      # white is class 1
+        kinds.add("cut" if set(mixed.unique().tolist()) <= {0.0, 1.0} else "mix")
+    assert kinds == ({"cut", "mix"} if mixup and cutmix else {"cut"} if cutmix else {"mix"})
+    assert images.unique().tolist() == [0, 1]
+
+
+def test_mixing_pairs_neighbours_however_the_batch_is_split():
+    images, targets = torch.rand(8, 3, 6, 6), F.one_hot(torch.arange(8), 8).float()
+    whole = finetune.mix(images, targets, 0.8, 1.0, np.random.default_rng(5))
+    for part in (2, 4):
+        parts = [finetune.mix(i, t, 0.8, 1.0, np.random.default_rng(5)) for i, t in zip(images.split(part), targets.split(part))]
+        for a, b in zip(whole, zip(*parts)):
+            assert torch.equal(a, torch.cat(b))
+
+
+def test_shares_are_beta_distributed():
+    """Mixup's share has Beta(a, a)'s variance, 1 / (4 (2 a + 1)), and mean 1/2."""
+    one = torch.zeros(2, 1, 2, 2)
+    share = np.array([finetune.mix(one, torch.eye(2), 0.8, 0, np.random.default_rng(i))[1][0, 0].item() for i in range(3000)])
+    assert share.mean() == pytest.approx(0.5, abs=0.02) and share.var() == pytest.approx(1 / (4 * 2.6), rel=0.07)
+
+
+def test_bce_targets_as_in_rsb():
+    """Every class that makes up more than a fifth of the image counts as there; the mean over images and classes."""
+    scores = torch.tensor([[2.0, -1.0, 0.5]])
+    positive, negative = (lambda x: math.log1p(math.exp(-x))), (lambda x: math.log1p(math.exp(x)))
+    loss = lambda *t: finetune.class_loss(scores, torch.tensor([t]), "bce", 0).item()
+    assert loss(0.7, 0.3, 0.0) == pytest.approx((positive(2) + positive(-1) + negative(0.5)) / 3, rel=1e-5)
+    assert loss(0.9, 0.1, 0.0) == pytest.approx((positive(2) + negative(-1) + negative(0.5)) / 3, rel=1e-5)
+
+
+def test_cross_entropy_smooths_mixed_targets():
+    """(1 - s) target + s / classes, against log p."""
+    scores, target = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[0.7, 0.3, 0.0]])
+    by_hand = -((0.9 * target + 0.1 / 3) * (scores - scores.exp().sum().log())).sum()
+    assert finetune.class_loss(scores, target, "ce", 0.1).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_lamb_steps_by_hand():
+    """You et al. Algorithm 2, bias correction; no ratio without weight decay (RSB's code)."""
+    w, free = torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = finetune.LAMB([dict(params=[w], weight_decay=0.1), dict(params=[free], weight_decay=0.0)], lr=0.2)
+    x, y, m, v = np.array([3.0, 4.0]), np.array([3.0, 4.0]), np.zeros(2), np.zeros(2)
+    for t, g in ((1, np.array([1.0, -2.0])), (2, np.array([0.5, 0.0]))):
+        w.grad, free.grad = (torch.tensor(g, dtype=torch.float32) for _ in range(2))
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+        r = (m / (1 - 0.9 ** t)) / (np.sqrt(v / (1 - 0.999 ** t)) + 1e-6)
+        u = r + 0.1 * x
+        x = x - 0.2 * np.linalg.norm(x) / np.linalg.norm(u) * u
+        y = y - 0.2 * r
+        np.testing.assert_allclose(w.detach().numpy(), x, rtol=1e-5)
+        np.testing.assert_allclose(free.detach().numpy(), y, rtol=1e-5)
+
+
+def test_lamb_moves_weights_that_are_zero():
+    w = torch.nn.Parameter(torch.zeros(2))
+    w.grad = torch.ones(2)
+    finetune.LAMB([dict(params=[w], weight_decay=0.1)], lr=0.1).step()
+    torch.testing.assert_close(w.detach(), torch.full((2,), -0.1))
+
+
+def test_drop_path_keeps_the_expectation_and_rises_with_depth():
+    factors = models.drop_path(20000, 6, 0.5, pretrain.seeded(1))
+    torch.testing.assert_close(factors.mean(0), torch.ones(6), atol=0.03, rtol=0)
+    torch.testing.assert_close((factors == 0).float().mean(0), torch.linspace(0, 0.5, 6), atol=0.02, rtol=0)
+    parts = [models.drop_path(5000, 6, 0.5, pretrain.seeded(1), (first, 20000)) for first in range(0, 20000, 5000)]
+    assert torch.equal(torch.cat(parts), factors)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "resnet18", "resnet50"])
+def test_a_dropped_branch_adds_nothing_and_a_kept_one_its_share(name):
+    """All factors 1 is the network without; a block whose factors are 0 hands on its shortcut."""
+    model, images = models.encoder(name, 32, 4).eval(), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, torch.ones(2, model.branches)), model(images))
+        block, x = (model.blocks[0], torch.randn(2, 5, 128)) if name == "vit_micro" else (model.layer1[-1], torch.rand(2, model.widths[1], 4, 4))
+        zero = torch.zeros(2, 2 if name == "vit_micro" else 1)
+        torch.testing.assert_close(block(x, None, zero) if name == "vit_micro" else block(x, zero), x)
+        kept = torch.ones(2, model.branches)
+        kept[1, -1] = 2.0                                       # the last branch of the second image only
+        changed = (model(images, kept) - model(images)).abs().amax(1)
+        assert changed[0] < 1e-6 < changed[1]
+
+
+def test_pooling_is_the_cls_token_or_the_mean_of_the_others():
+    images = torch.rand(2, 3, 16, 16)
+    by_cls, by_mean = (models.encoder("vit_micro", 16, 4, pool=pool).eval() for pool in ("cls", "mean"))
+    by_mean.load_state_dict(by_cls.state_dict())
+    with torch.no_grad():
+        tokens = by_cls.encode(images)
+        torch.testing.assert_close(by_cls(images), tokens[:, 0])
+        torch.testing.assert_close(by_mean(images), tokens[:, 1:].mean(1))
+
+
+def test_few_labels_are_so_many_of_each_class_by_seed():
+    labels = torch.arange(300) % 3
+    rows = finetune.few_labels(labels, 7, seed=0)
+    assert labels[rows].bincount().tolist() == [7, 7, 7] and len(rows.unique()) == 21
+    assert torch.equal(rows, finetune.few_labels(labels, 7, seed=0)) and not torch.equal(rows, finetune.few_labels(labels, 7, seed=1))
+    with pytest.raises(ValueError, match="--labels 101: class 0 has only 100 images"):
+        finetune.few_labels(labels, 101, seed=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_depends_on_its_generator_alone(channels):
+    image = (torch.rand(channels, 20, 24) * 255).byte()
+    before = torch.get_rng_state()
+    draws = [finetune.rand_augment(image, pretrain.seeded(i), 9, 0.5) for i in range(12)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(draws[i], finetune.rand_augment(image, pretrain.seeded(i), 9, 0.5)) for i in range(12))
+    assert all(d.shape == image.shape and d.dtype == torch.uint8 for d in draws) and sum(not torch.equal(d, image) for d in draws) > 6
+
+
+def test_rand_augments_nine_is_nine_tenths(monkeypatch):
+    """timm's scale, which Table A2 is on, ends at 10; torchvision's magnitude 9 of 31 would be a third of it."""
+    asked = []
+    monkeypatch.setattr(finetune.v2, "RandAugment", lambda ops, magnitude, num_magnitude_bins, fill: (asked.append((ops, magnitude / (num_magnitude_bins - 1))), lambda x: x)[1])
+    for i in range(200):
+        finetune.rand_augment(torch.zeros(3, 4, 4, dtype=torch.uint8), pretrain.seeded(i), 9, 0.5)
+    strengths = np.array([s for _, s in asked])
+    assert asked[0][0] == 2 and strengths.mean() == pytest.approx(0.9, abs=0.01) and strengths.std() == pytest.approx(0.05, abs=0.01) and strengths.max() <= 1
+
+
+class Fixed(torch.nn.Module):
+    """Says class 0 for dark images, 1 for bright ones, 2 never."""
+
+    def forward(self, images):
+        bright = images.mean((1, 2, 3)) > 0.5
+        return torch.stack([~bright, bright, 0.5 * torch.ones_like(bright)], 1).float()
+
+
+def test_accuracy_and_confusion_by_hand():
+    images = torch.tensor([0, 0, 255, 255, 255], dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 4, 4)
+    data = pretrain.MemorySet(images, torch.tensor([0, 1, 1, 1, 2]), torch.device("cpu"), ["a", "b", "c"])
+    c = dict(img_size=[4, 4], test_size=0, test_crop=1.0, workers=0, amp="off")
+    found = finetune.evaluate(Fixed(), data, c, PLACE, pretrain.BadFiles(5, 1))
+    assert found["top1"] == 60 and found["top5"] == 100 and found["images"] == 5
+    assert found["confusion"].tolist() == [[1, 0, 0], [1, 2, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("crop, size", [(0.5, [4, 8]), (0.95, [6, 6])])
+def test_what_is_measured_is_the_central_part(crop, size, tmp_path):
+    """The largest centred box of the input's proportions, `crop` of it a side, from memory and from a folder alike."""
+    rows, columns = torch.meshgrid(torch.arange(20.0), torch.arange(30.0), indexing="ij")
+    image = (5 * rows + 3 * columns).byte().expand(3, -1, -1)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    box = pretrain.central_box(20, 30, size, crop)
+    assert box == ([8, 15] if crop == 0.5 else [19, 19])
+    top, left = (20 - box[0]) // 2, (30 - box[1]) // 2
+    want = F.interpolate(image[None, :, top:top + box[0], left:left + box[1]].float() / 255, size, mode="bilinear", antialias=True)
+    for data in (pretrain.MemorySet(image[None], None, torch.device("cpu")), pretrain.FolderSet(str(tmp_path))):
+        views, labels, bad = next(data.plain(torch.arange(1), 4, size, crop))
+        assert (views - want).abs().max() < 0.02 and not bad and labels is None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The recipes
+# ---------------------------------------------------------------------------------------------------
+
+def resolved(*argv, length=1281167, classes=1000):
+    labels = torch.zeros(1)
+    data = pretrain.MemorySet(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), labels, torch.device("cpu"), [str(i) for i in range(classes)])
+    data.__class__ = type("Long", (pretrain.MemorySet,), dict(__len__=lambda self: length))
+    return finetune.resolve(finetune.options().parse_args(["--data", "/imagenet", *argv]), PLACE, data)
+
+
+def test_table_a2_vit():
+    c = resolved()
+    want = dict(recipe="deit", model="vit_base", img_size=[224, 224], epochs=100, optimizer="adamw", lr=2.5e-4, weight_decay=0.05, batch_size=1024,
+                smoothing=0.1, drop_path=0.1, clip=5, rand_augment=[9, 0.5], mixup=0.8, cutmix=1.0, loss="ce", layer_decay=0.65, test_crop=0.875, pool="cls", test_size=0)
+    assert {k: c[k] for k in want} == want
+    assert c["actual_lr"] == pytest.approx(1e-3) and c["warmup_steps"] == pytest.approx(5 * 1281167 / 1024, abs=1) and c["images_per_process"] <= 64
+
+
+@pytest.mark.parametrize("recipe, size, epochs, lr, drop, magnitude", [(None, 160, 100, 8e-3, 0, 6), ("rsb_a2", 224, 300, 12e-3, 0.05, 7)])
+def test_table_a2_resnet(recipe, size, epochs, lr, drop, magnitude):
+    c = resolved("--model", "resnet50", *(["--recipe", recipe] if recipe else []))
+    want = dict(recipe=recipe or "rsb_a3", img_size=[size, size], test_size=224, test_crop=0.95, epochs=epochs, optimizer="lamb", weight_decay=0.02, batch_size=2048,
+                smoothing=0, drop_path=drop, clip=0, rand_augment=[magnitude, 0.5], mixup=0.1, cutmix=1.0, loss="bce", layer_decay=1.0)
+    assert {k: c[k] for k in want} == want
+    assert c["actual_lr"] == pytest.approx(lr) and c["warmup_steps"] == pytest.approx(5 * 1281167 / 2048, abs=1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------
+
+def test_a_run_learns_and_leaves_all_it_should(of, tmp_path):
+    code, said, _ = of(finetune, "--steps", 40, "--save_every", 20, "--lr", 0.016, "--drop_path", 0, "--warmup", 0)
+    assert code == 0
+    result, out = result_of(said), tmp_path / "run"
+    assert result["top1"] == 100 and result["top5"] == 100 and result["images"] == 13 and result["seed"] == 0 and result["weights"] == "none"
+    assert json.loads((out / "result.json").read_text()) == result
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "top1" in line] == [20, 40] and log[-1]["top1"] == 100
+    assert {"checkpoint.pt", "config.json", "log.jsonl", "result.json", "confusion.png"} <= set(os.listdir(out))
+
+
+def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path):
+    said = of(finetune, "--steps", 3, "--seed", 3)[1]
+    code, again, _ = of(finetune, "--weights", tmp_path / "run", "--eval", out=tmp_path / "eval")
+    assert code == 0 and result_of(again)["top1"] == result_of(said)["top1"] and os.path.exists(tmp_path / "eval/confusion.png")
+
+
+def test_the_encoder_and_what_it_was_made_with_come_from_the_run(run, labelled, tmp_path, capfd):
+    assert run("--task", "mask", "--relative_positions", "--img_size", 16, 24, "--steps", 2, data=labelled)[0] == 0
+    argv = ["--weights", str(tmp_path / "run"), "--steps", "1", "--batch_size", "4", "--workers", "0", "--amp", "off", "--lr", "1e-9", "--out", str(tmp_path / "fine")]
+    assert pretrain.command(finetune.run, finetune.options, argv) == 0
+    c, before, after = json.load(open(tmp_path / "fine/config.json")), weights_of(tmp_path / "run"), weights_of(tmp_path / "fine")
+    assert c["model"] == "vit_micro" and c["img_size"] == [16, 24] and c["patch_size"] == 4 and c["relative_positions"] and c["data"] == str(labelled)
+    shared = [k for k in after if k in before]
+    assert len(shared) == len(after) - 2 and all(torch.allclose(after[k], before[k], atol=1e-7) for k in shared)
+
+
+def test_labels_keeps_k_a_class(of, tmp_path):
+    code, said, _ = of(finetune, "--labels", 2)
+    assert code == 0 and "6 images of 3 classes (2 a class)" in said and result_of(said)["labels"] == 2
+
+
+def test_the_result_finds_its_baseline(of, tmp_path):
+    none = result_of(of(finetune, out=tmp_path / "a")[1])
+    of(finetune, "--seed", 1, out=tmp_path / "b")
+    shutil.copy(tmp_path / "a/checkpoint.pt", tmp_path / "encoder.pt")
+    mine = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", out=tmp_path / "c")[1])
+    assert mine["compared_with"] == dict(weights="none", out=str(tmp_path / "a"), top1=none["top1"], top5=none["top5"], images=13)
+    alone = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", "--seed", 5, out=tmp_path / "d")[1])
+    assert "missing" in alone["compared_with"]
+
+
+MIXED = ["--mixup", 0.8, "--cutmix", 1, "--drop_path", 0.3, "--rand_augment", 9, 0.5]
+
+
+def test_same_seed_same_run_and_accumulation_does_not_change_it(of, tmp_path):
+    for name, flags in (("a", []), ("b", []), ("c", ["--accum", 2]), ("d", ["--seed", 1])):
+        assert of(finetune, *MIXED, *flags, out=tmp_path / name)[0] == 0
+    a, b, c, d = (gradients_of(tmp_path / name) for name in "abcd")
+    assert torch.equal(a, b) and not torch.allclose(a, d, atol=1e-4)
+    torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-3)
+
+
+def test_two_processes_equal_one(of, labelled, tmp_path):
+    """Training with everything random, and measuring on 13 images: each counted once."""
+    said = of(finetune, *MIXED, out=tmp_path / "one")[1]
+    argv = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
+    job = script(*argv, *MIXED, "--data", labelled, "--out", tmp_path / "two", processes=2, name="finetune.py")
+    assert job.wait(200) == 0, job.stdout.read()
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert one["images"] == two["images"] == 13 and one["top1"] == two["top1"] and one["top5"] == two["top5"] == result_of(said)["top5"]
+    torch.testing.assert_close(gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two"), atol=1e-5, rtol=1e-3)
+
+
+def test_resume_equals_never_stopping(of, labelled, tmp_path):
+    assert of(finetune, *MIXED, out=tmp_path / "whole")[0] == 0
+    argv = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
+    job = script(*argv, *MIXED, "--data", labelled, "--out", tmp_path / "parts", name="finetune.py", preamble="")
+    while job.poll() is None and not os.path.exists(tmp_path / "parts/checkpoint.pt"):
+        pass
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    code, said, _ = of(finetune, *MIXED, "--resume", out=tmp_path / "parts")
+    assert code == 0 and result_of(said)["images"] == 13
+    assert torch.equal(gradients_of(tmp_path / "whole"), gradients_of(tmp_path / "parts"))
+    code, again, _ = of(finetune, *MIXED, "--resume", out=tmp_path / "parts")                  # after its end: measured again
+    assert code == 0 and result_of(again)["top1"] == result_of(said)["top1"]
+
+
+def test_a_resnet_by_rsb(of, tmp_path):
+    """LAMB, BCE, trained at 64 and measured at 96, stochastic depth, all from the recipe but the sizes."""
+    code, said, complaint = of(finetune, "--model", "resnet18", "--recipe", "rsb_a2", "--img_size", 64, "--patch_size", 8, "--test_size", 96, "--steps", 2)
+    assert code == 0 and "rsb_a2: resnet18" in said and "lamb, layer decay 1, weight decay 0.02" in said and "loss bce" in said, complaint
+    assert {"exp_avg", "exp_avg_sq", "step"} == set(next(iter(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["optimizer"]["state"].values())))
+
+
+def test_a_bad_image_to_measure_on_is_named_and_left_out(of, labelled, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    for i in range(150):
+        shutil.copy(data / "val/class0/36.png", data / f"val/class0/more{i}.png")
+    (data / "val/class0/36.png").write_bytes(b"no picture")
+    code, said, complaint = of(finetune, data=data)
+    assert code == 0 and result_of(said)["images"] == 162 and complaint.count("skipped") == 1 and "36.png" in complaint
+    for i in range(4):
+        (data / f"val/class0/more{i}.png").write_bytes(b"no picture")
+    code, _, complaint = of(finetune, data=data, out=tmp_path / "other")
+    assert code == 1 and "5 of 163 images to measure on cannot be read" in complaint
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--labels", 13], "--labels 13: class 0 has only 12 images"), (["--labels", 0], "--labels 0"), (["--layer_decay", 0], "--layer_decay 0"),
+    (["--drop_path", 1], "--drop_path 1"), (["--test_crop", 2], "--test_crop 2"), (["--rand_augment", 11, 0], "--rand_augment 11"), (["--mixup", -1], "--mixup -1"),
+    (["--mixup", 1, "--batch_size", 3], "3 images at once are odd"), (["--recipe", "rsb_a3"], "--recipe rsb_a3 is a ResNet's"), (["--test_size", 32], "--test_size 32 is for a ResNet"),
+    (["--model", "resnet18", "--layer_decay", 0.5, "--img_size", 32], "--layer_decay 0.5"), (["--eval"], "no classifier"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
+])
+def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, of):
+    code, _, complaint = of(finetune, *flags)
+    assert code == 2 and says in complaint and len(complaint.strip().splitlines()) == 1
+
+
+def test_classes_that_do_not_fit_get_one_line(of, labelled, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    shutil.move(data / "val/class1", data / "val/other")
+    code, _, complaint = of(finetune, data=data)
+    assert code == 2 and "without class1 (1)" in complaint and "more: other (1)" in complaint and complaint.count("\n") == 1
+    shutil.rmtree(data / "val")
+    code, _, complaint = of(finetune, data=data)
+    assert code == 2 and f"there is no {data}/val" in complaint and complaint.count("\n") == 1
+    (data / "val").mkdir()
+    Image.new("RGB", (8, 8)).save(data / "val/loose.png")
+    code, _, complaint = of(finetune, data=data)
+    assert code == 2 and "loose.png is in no class" in complaint and complaint.count("\n") == 1
+
+
+def test_weights_that_do_not_fit_are_named_with_their_shapes(of, labelled, tmp_path):
+    assert of(finetune, "--steps", 1, out=tmp_path / "a")[0] == 0
+    code, _, complaint = of(finetune, "--weights", tmp_path / "a", "--patch_size", 8)
+    assert code == 2 and "patch_embed.proj.weight is (128, 3, 4, 4) in the weights and (128, 3, 8, 8) in the model" in complaint and complaint.count("\n") == 1
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    shutil.rmtree(data / "train/class2"), shutil.rmtree(data / "val/class2")
+    code, _, complaint = of(finetune, "--weights", tmp_path / "a", "--eval", data=data)
+    assert code == 2 and "a classifier of 3 classes" in complaint and "has 2 classes" in complaint and complaint.count("\n") == 1
+    assert of(finetune, "--weights", tmp_path / "a", "--steps", 1, data=data, out=tmp_path / "b")[0] == 0                 # a new head
+
+
+def test_sigterm_saves_and_leaves(labelled, tmp_path):
+    argv = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --batch_size 8 --save_every 100000 --log_every 1 --steps 100000".split()
+    job = script(*argv, "--data", labelled, "--out", tmp_path / "run", name="finetune.py")
+    log = tmp_path / "run/log.jsonl"
+    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        pass
+    job.terminate()
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 143 and "stopped by signal 15, saved" in said and (tmp_path / "run/checkpoint.pt").exists()
