@@ -40,16 +40,16 @@ RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, 
 RECIPES = {
     "deit": DEIT, "rsb_a3": RSB_A3,
     "rsb_a2": dict(RSB_A3, img_size=[224], epochs=300, lr=1.5e-3, drop_path=0.05, rand_augment=[7, 0.5]),
-    "small": dict(DEIT, img_size=[32], patch_size=4, epochs=50, warmup=2.5, batch_size=64, micro=256, lr=4e-3, crop=[0.5, 1.0], layer_decay=0.65,
+    "small": dict(DEIT, img_size=[32], patch_size=4, epochs=50, warmup=2.5, batch_size=64, micro=256, lr=8e-3, crop=[0.8, 1.0],
                   drop_path=0.1, rand_augment=[0, 0], mixup=0.0, cutmix=0.0, pool="mean", test_crop=1.0),
 }
 SAYS = dict(
     pretrain.DEVICE_SAYS, data="that of the run in --weights, or shapes", root="that of the run in --weights, or ./data",
     model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
     img_size="that of the run in --weights, for a ResNet by rsb_a3 160; else 224 or 32, for a ResNet 64", patch_size="that of the run in --weights, or 16 or 4",
-    epochs="100 (rsb_a2 300), 50 (small)", batch_size="1024 (deit), 2048 (rsb), 64 (small)", lr="2.5e-4 (deit), 1e-3, 1.5e-3 (rsb_a3, rsb_a2), 4e-3 (small)",
+    epochs="100 (rsb_a2 300), 50 (small)", batch_size="1024 (deit), 2048 (rsb), 64 (small)", lr="2.5e-4 (deit), 1e-3, 1.5e-3 (rsb_a3, rsb_a2), 8e-3 (small)",
     weight_decay="0.05 (rsb 0.02)", betas="0.9 0.999", clip="5 (rsb 0)", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
-    crop="0.08 1 (small 0.5 1)", save_every="a fifth of the run; the accuracy is measured with each", out="runs/finetune-WEIGHTS-DATA[-LABELS]")
+    crop="0.08 1 (small 0.8 1)", save_every="a fifth of the run; the accuracy is measured with each", out="runs/finetune-WEIGHTS-DATA[-LABELS]")
 SAME_RUN = ("recipe", "weights", "labels", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
             "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
             "smoothing", "rand_augment", "mixup", "cutmix", "loss")

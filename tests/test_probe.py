@@ -1,0 +1,206 @@
+"""Probing by its parts and through the real script: BM section 5, A2 section 5.2; and the table of tasks."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import models
+import pretrain
+import probe
+import table1
+from conftest import script
+
+PLACE = pretrain.Place(0, 1, torch.device("cpu"))
+
+
+def settings(**more):
+    return dict(dict(model="vit_micro", img_size=[16, 16], test_crop=1.0, workers=0, amp="off", seed=0, pool="mean", blocks=2, epochs=2), **more)
+
+
+def bright(n, seed=0):
+    """n grey pictures of three brightnesses, which are their labels."""
+    labels = torch.arange(n) % 3
+    noise = torch.rand(n, 3, 16, 16, generator=pretrain.seeded(seed)) * 0.2
+    return pretrain.MemorySet(((noise + 0.4 * labels[:, None, None, None]) * 255).byte(), labels, torch.device("cpu"), ["a", "b", "c"])
+
+
+def test_knn_by_hand():
+    """Cosine similarity, the k nearest, votes of exp(s / T)."""
+    train, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0], [-1.0, 0.0]]), torch.tensor([0, 1, 1, 0])
+    votes = probe.knn(train, labels, torch.tensor([[5.0, 0.0]]), classes=3, k=3, temperature=0.5)
+    s = np.array([1.0, 0.0, 2 ** -0.5])                         # to the first three; the fourth, opposite, is not among them
+    want = np.exp((s - 1) / 0.5)
+    np.testing.assert_allclose(votes[0], [want[0], want[1] + want[2], 0], rtol=1e-5)
+    assert probe.knn(train, labels, torch.tensor([[-1.0, -0.1]]), 3, k=1).argmax(1).item() == 0
+    assert probe.knn(train, labels, torch.randn(5, 2), 3, k=20).shape == (5, 3)                # fewer than k to vote
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+@pytest.mark.parametrize("n", [40, 3000])
+def test_linear_probe_of_separable_features_reaches_all(resnet, n):
+    """Three classes by the sign of a direction, beside larger coordinates that mean nothing."""
+    generator = pretrain.seeded(n)
+    labels = torch.arange(n) % 3
+    features = 0.1 * torch.eye(3)[labels] * 20 + torch.rand(n, 3, generator=generator)
+    features = torch.cat([features, 3 * torch.randn(n, 2, generator=generator)], dim=1)
+    head = probe.linear_probe(features, labels, 3, resnet)
+    assert not head.training and (head(features).argmax(1) == labels).all()
+
+
+def test_the_linear_probes_are_mae_s_and_moco_s(monkeypatch):
+    """Batch norm without affine and LARS from 0 to 6.4 and back; SGD at 30, 3 and 0.3, no norm."""
+    rates = {}
+    for optimizer, resnet in ((probe.LARS, False), (torch.optim.SGD, True)):
+        rates[resnet], step = [], optimizer.step
+        monkeypatch.setattr(optimizer, "step", lambda self, r=rates[resnet], step=step: (r.append(self.param_groups[0]["lr"]), step(self)))
+        head = probe.linear_probe(torch.randn(960, 4), torch.arange(960) % 2, 2, resnet)
+        assert len(head) == 1 if resnet else not head[0].affine and head[0].num_batches_tracked == 2000
+    assert max(rates[False]) == pytest.approx(0.1 * 16384 / 256) and np.argmax(rates[False]) == pytest.approx(2000 / 9, abs=2) and rates[False][-1] < 1e-4
+    assert sorted(set(np.round(rates[True], 6)), reverse=True) == [30, 3, 0.3]
+    assert [rates[True].count(lr) for lr in sorted(set(rates[True]))] == [3 * 20, 3 * 20, 3 * 60]
+
+
+def test_lars_steps_by_hand():
+    """You et al. Algorithm 1 as MAE uses it: the ratio 0.001 |w| / |g| for matrices only, momentum 0.9."""
+    w, b = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = probe.LARS([w, b], lr=2.0)
+    x, y, m, n = np.array([[3.0, 4.0]]), 1.0, 0.0, 0.0
+    for g, h in ((np.array([[1.0, -2.0]]), 0.5), (np.array([[0.5, 0.0]]), -1.0)):
+        w.grad, b.grad = torch.tensor(g, dtype=torch.float32), torch.tensor([h])
+        optimizer.step()
+        m, n = 0.9 * m + 0.001 * np.linalg.norm(x) / np.linalg.norm(g) * g, 0.9 * n + h
+        x, y = x - 2 * m, y - 2 * n
+        np.testing.assert_allclose(w.detach().numpy(), x, rtol=1e-5)
+        assert b.item() == pytest.approx(y, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "resnet18"])
+@pytest.mark.parametrize("store", [probe.STORE, 0])
+def test_the_blocks_learn_and_leave_the_backbone_untouched(name, store, monkeypatch):
+    """Weights and batch norm statistics are the same bits; tokens are computed once where they fit, else each epoch."""
+    monkeypatch.setattr(probe, "STORE", store)
+    monkeypatch.setattr(probe, "BATCH", 20)
+    size = 32 if name == "resnet18" else 16
+    torch.manual_seed(0)
+    model = models.encoder(name, size, 4).eval().requires_grad_(False)
+    before, calls, encode = {k: v.clone() for k, v in model.state_dict().items()}, [], model.encode
+    monkeypatch.setattr(model, "encode", lambda images: (calls.append((len(images), torch.is_grad_enabled(), model.training)), encode(images))[1])
+    c = settings(model=name, img_size=[size, size], epochs=12 if name == "resnet18" else 6)
+    scores, labels = probe.blocks_probe(model, bright(60), bright(30, seed=1), c, PLACE, pretrain.BadFiles(60, 1))
+    assert (scores.argmax(1) == labels).float().mean() > 0.9
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(grad or training for _, grad, training in calls)
+    assert sum(n for n, _, _ in calls) == 1 + 30 + (60 if store else 60 * c["epochs"])
+
+
+def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
+    seen, encode = [], models.ViT.encode
+    monkeypatch.setattr(models.ViT, "encode", lambda self, images, *a, **k: (seen.append((len(images), self.training)), encode(self, images, *a, **k))[1])
+    code, said, complaint = of(probe)
+    assert code == 0, complaint
+    assert sum(n for n, _ in seen) == 36 + 13 and not any(training for _, training in seen)
+    code, said, _ = of(probe, "--blocks", 2, "--epochs", 30)
+    result = json.loads(said.strip().splitlines()[-1])
+    assert code == 0 and result["knn"] == result["linear"] == 100 and result["nonlinear"] > 60 and result["images"] == 13 and result["weights"] == "none"
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+
+
+def test_a_resnet_is_probed_by_mocos_protocol(of, monkeypatch):
+    asked = []
+    monkeypatch.setattr(probe, "linear_probe", lambda f, y, classes, resnet, seed, fit=probe.linear_probe: (asked.append((resnet, f.shape[1])), fit(f, y, classes, resnet, seed))[1])
+    code, said, complaint = of(probe, "--model", "resnet18", "--img_size", 32, "--patch_size", 8)
+    assert code == 0 and asked == [(True, 512)], complaint
+
+
+def test_a_run_is_probed_and_compared_with_none(of, run, labelled, tmp_path):
+    assert run("--task", "mask", "--steps", 2, data=labelled, out=tmp_path / "mask")[0] == 0
+    none = json.loads(of(probe, out=tmp_path / "a")[1].splitlines()[-1])
+    code, said, _ = of(probe, "--weights", tmp_path / "mask", out=tmp_path / "b")
+    mine = json.loads(said.splitlines()[-1])
+    assert code == 0 and "78 loaded" in said and mine["compared_with"]["knn"] == none["knn"] and mine["compared_with"]["out"] == str(tmp_path / "a")
+
+
+def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    for i in range(150):
+        shutil.copy(data / "train/class0/00.png", data / f"train/class0/more{i}.png")
+    (data / "train/class0/00.png").write_bytes(b"no picture")
+    code, said, complaint = of(probe, data=data)
+    assert code == 0 and complaint.count("skipped") == 1 and "00.png" in complaint
+    for i in range(4):
+        (data / f"train/class0/more{i}.png").write_bytes(b"no picture")
+    code, _, complaint = of(probe, data=data)
+    assert code == 1 and "more than 1% of 186 images cannot be read" in complaint
+
+
+@pytest.mark.parametrize("flags, says", [(["--labels", 13], "--labels 13: class 0 has only 12"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
+                                         (["--img_size", 18], "not divisible by the patch size 4"), (["--blocks", 3], "--blocks"), (["--seed", -1], "--seed -1")])
+def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, of):
+    code, _, complaint = of(probe, *flags)
+    assert code == 2 and says in complaint and len(complaint.strip().splitlines()) == 1
+
+
+def test_several_processes_are_refused(labelled, tmp_path):
+    job = script("--data", labelled, "--out", tmp_path, processes=2, name="probe.py")
+    assert "probe.py is one process, and torchrun started 2" in job.communicate(timeout=100)[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# tests/table1.py
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data", table1.DATA)
+def test_the_table_is_made_of_commands_that_the_scripts_take(data):
+    args = table1.options().parse_args(["--data", data, "--out", "x"])
+    encoders = table1.encoders(args)
+    assert encoders.count(("none", 2)) == encoders.count(("mask", 2)) == encoders.count(("zoom_in_mask", 2)) == 1
+    assert {t for t, _ in encoders} == {*list(table1.degrade.TASKS)[:9], "none"} - ({"decolor"} if data == "fashion_mnist" else set())
+    seeds = set()
+    for task, seed in encoders:
+        for folder, _, argv in table1.jobs(args, task, seed):
+            module = dict(pretrain=pretrain, probe=probe, finetune=finetune)[argv[0].removesuffix(".py")]
+            got = module.options().parse_args([*argv[1:], "--out", folder])
+            assert got.data == data and folder.startswith(f"{argv[0].removesuffix('.py')}-{task}-{seed}")
+            seeds.add((task, got.seed)) if module is finetune else None
+    assert len([s for t, s in seeds if t == "mask"]) == 9       # three draws for each of three seeds, none twice
+
+
+def test_the_table_by_hand():
+    """Means, and deviations of the sample; places among BM's tasks by the accuracy with the most labels."""
+    r = {"pretrain-mask-0": dict(images=128), "pretrain-mask-1": dict(images=128), "pretrain-a2mim-0": dict(images=64),
+         "probe-mask-0": dict(knn=80.0, linear=70.0), "probe-mask-1": dict(knn=82.0, linear=70.0), "probe-none-0": dict(knn=60.0, linear=65.0), "probe-a2mim-0": dict(knn=61.0, linear=66.0)}
+    for k, add in ((20, 0), (100, 10)):
+        r |= {f"finetune-mask-{seed}-{k}-{draw}": dict(top1=70.0 + add + seed + draw) for seed in (0, 1) for draw in (0, 1)}
+        r |= {f"finetune-none-0-{k}-{draw}": dict(top1=50.0 + add + draw) for draw in (0, 1)} | {f"finetune-a2mim-0-{k}-0": dict(top1=90.0)}
+    lines = table1.table(r, "shapes").splitlines()
+    assert lines[2:] == ["| `a2mim` | 1 | 64 | 61.0 | 66.0 | 90.0 | 90.0 |  | A2: 84.2 |",
+                         "| `mask` | 2 | 128 | 81.0 ± 1.4 | 70.0 ± 0.0 | 71.0 ± 0.8 | 81.0 ± 0.8 | 1 | 1 (82.9) |",
+                         "| none | 1 | 0 | 60.0 | 65.0 | 50.5 ± 0.7 | 60.5 ± 0.7 | 2 | 2 (80.7) |"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_stopped_table_goes_on_from_what_it_found(tmp_path):
+    """Parts that results.json holds are not run again; pre-training is, only where its weights are gone and needed."""
+    args = table1.options().parse_args(["--out", str(tmp_path), "--tasks", "mask", "--seeds", "1"])
+    everything = table1.jobs(args, "mask", 0)
+    assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything]
+    (tmp_path / "results.json").write_text(json.dumps({f: {} for f, _, _ in everything[:3]}))
+    assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything[:1] + everything[3:]]
+    (tmp_path / "results.json").write_text(json.dumps({f: {} for f, _, _ in everything}))
+    work = table1.Work(args)
+    assert work.open(everything) == [] and work.finished == work.count == 8 and work.left == 0
+
+
+@pytest.mark.slow
+def test_a_table_is_made_with_real_runs(tmp_path, capfd):
+    """A hundredth of a thousandth of the work; the second call finds all of it done."""
+    argv = ["--out", str(tmp_path), "--tasks", "mask", "none", "--seeds", "1", "--share", "0.002"]
+    table1.main(argv)
+    said = capfd.readouterr().out
+    assert "15 commands" in said and "[15/15]" in said and "| `mask` | 1 | 1,024 |" in (tmp_path / "table.md").read_text()
+    table1.main(argv)
+    assert "15 done before" in capfd.readouterr().out
