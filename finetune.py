@@ -287,7 +287,9 @@ def open_weights(args):
             raise BadRequest(str(error))
         config = state.get("config") or {}
         config = config if isinstance(config, dict) else {}
-    for name in ("model", "img_size", "patch_size", "relative_positions", "pool", "data", "root", *(("test_size", "test_crop") if vars(args).get("eval") else ())):
+    for name in ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(("test_size", "test_crop") if vars(args).get("eval") else ())):
+        if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes"):
+            continue                                            # a ResNet takes any size: the recipe's (RSB A3 trains at 160)
         if not getattr(args, name):
             setattr(args, name, config.get(name))
     args.data, args.root, args.relative_positions = args.data or "shapes", args.root or "data", bool(args.relative_positions)
@@ -342,8 +344,6 @@ def resolve(args, place, data):
         raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s, --model {args.model} is none")
     recipe = recipe_of(name, args.data, args.model)
     c = dict(vars(args), recipe=name, script="finetune")
-    if name == "rsb_a3" and recipe["test_size"] and not c["eval"] and c["img_size"] == [224, 224]:
-        c["img_size"] = None                                    # RSB A3 trains at 160 what was pre-trained at 224
     pretrain.settle(c, recipe)
     if not resnet and c["test_size"]:
         raise BadRequest(f"--test_size {c['test_size']} is for a ResNet: a ViT is measured at --img_size")

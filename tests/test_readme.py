@@ -1,4 +1,5 @@
 """README is true: its commands run, its options exist, its table is degrade's, its expected lines are what is printed."""
+import json
 import os
 import re
 import shlex
@@ -9,7 +10,10 @@ import sys
 import pytest
 
 import degrade
+import finetune
 import pretrain
+import probe
+import table1
 from conftest import ROOT, TINY, log_of
 
 README = (ROOT / "README.md").read_text()
@@ -78,6 +82,64 @@ def test_the_command_for_two_machines(folder, tmp_path):
     assert "4 images x 2 processes" in "".join(said) and len(log_of(tmp_path / "run")) == 1
 
 
+def small_run(tmp_path, *flags):
+    """A run on the built-in pictures, two steps long, as the README's first command leaves one."""
+    argv = ["--batch_size", "8", "--steps", "2", "--out", str(tmp_path / "encoder"), *flags]
+    assert pretrain.command(pretrain.run, pretrain.options, argv) == 0
+    return str(tmp_path / "encoder")
+
+
+def test_the_commands_that_show_whether_it_pays(tmp_path):
+    """Probe, fine-tune, and from random weights: each ends with its line of JSON, with what the README prints in it."""
+    commands = [c for c in COMMANDS if c.startswith(("python probe.py", "python finetune.py")) and "--eval" not in c]
+    assert len(commands) == 3
+    weights, results = small_run(tmp_path), []
+    for i in (2, 0, 1):                                         # the last is what the others are compared with
+        command = commands[i].replace("runs/zoom_in_mask-vit_micro-shapes", weights)
+        less = ["--labels", "10"] if "probe" in command else ["--steps", "2"]
+        done = subprocess.run([*in_this_python(command), *less, "--out", str(tmp_path / str(i))], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert results[2]["compared_with"]["top1"] == results[0]["top1"] and "knn" in results[1]
+    shown = [json.loads(text) for kind, text in BLOCKS if kind == "json" for text in text.strip().splitlines()]
+    assert [list(r) for r in shown] == [list(results[i]) for i in (1, 2, 0)]
+
+
+def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
+    commands = [c for c in COMMANDS if "finetune.py" in c and "torchrun" in c]
+    assert len(commands) == 2
+    for i, (command, model, size) in enumerate(zip(commands, ("vit_micro", "resnet18"), (16, 32))):
+        assert run("--model", model, "--img_size", size, "--patch_size", 4, "--steps", 1, "--task", "mask", data=labelled, out=tmp_path / model)[0] == 0
+        command = re.sub(r"runs/\S+", str(tmp_path / model), command).replace("/path/to/imagenet", str(labelled)).replace("=8", "=2")
+        less = ["--batch_size", "8", "--steps", "1", "--img_size", str(size), *(["--test_size", "64"] if i else []), "--out", str(tmp_path / f"fine{i}")]
+        done = subprocess.run([*in_this_python(command), *less], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and json.loads(done.stdout.strip().splitlines()[-1])["images"] == 13, done.stderr
+
+
+def test_the_command_that_measures_torchvisions_weights(labelled, tmp_path):
+    """Their class scores on these pictures, measured by us, are torchvision's own."""
+    import torch, torchvision
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50(num_classes=3).eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    command = next(c for c in COMMANDS if "--eval" in c).replace("resnet50.pth", str(tmp_path / "resnet50.pth")).replace("/path/to/imagenet", str(labelled))
+    done = subprocess.run([*in_this_python(command), "--amp", "off"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    val = pretrain.FolderSet(str(labelled / "val"), labelled=True)
+    views, labels, _ = next(val.plain(torch.arange(13), 13, (224, 224), 0.95))
+    with torch.no_grad():
+        right = (theirs(torchvision.transforms.functional.normalize(views, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))).argmax(1) == labels).sum()
+    assert json.loads(done.stdout.strip().splitlines()[-1])["top1"] == round(100 * int(right) / 13, 2)
+
+
+def test_the_tables_are_what_the_runs_found():
+    """README's tables are table1.py's, made from the results that lie beside the figures."""
+    for data in ("shapes", "fashion_mnist"):
+        results = ROOT / f".github/results/table1-{data}.json"
+        assert table1.table(json.loads(results.read_text()), data) in README
+        assert f"python tests/table1.py" in README
+
+
 def test_the_export_command(tmp_path, run):
     assert run("--steps", 2)[0] == 0
     command = of("--export").replace("runs/zoom_in_mask-vit_micro-shapes", str(tmp_path / "run")).replace("vit.pth", str(tmp_path / "vit.pth"))
@@ -85,7 +147,7 @@ def test_the_export_command(tmp_path, run):
 
 
 def test_every_option_named_is_an_option_and_every_setting_is_named():
-    known = set(pretrain.options()._option_string_actions) | {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export", "--strength"}
+    known = set().union(*(of.options()._option_string_actions for of in (pretrain, finetune, probe, table1))) | {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export", "--strength"}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))
     assert named <= known, named - known
     assert {"--" + k for task in list(degrade.TASKS)[:9] for k in degrade.task_settings(task)} <= named
