@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 import models
 import pretrain
-from pretrain import AUTOCAST, LABELS, BadRequest, Failure, agree, seeded
+from pretrain import AUTOCAST, DROP, LABELS, MIX, BadRequest, Failure, agree, seeded
 
 # The papers' recipes and one that fits a CPU. lr is per 256 images; rand_augment: magnitude and its deviation; test_size
 # 0: the training size. A2's Table A2 prints 1e-3 (A3) and 1.5e-3 (A2): the first is RSB's own 8e-3 at batch 2048, the
@@ -53,7 +53,6 @@ SAYS = dict(
 SAME_RUN = ("recipe", "weights", "labels", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
             "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
             "smoothing", "rand_augment", "mixup", "cutmix", "loss")
-MIX, DROP = 100, 101                                            # streams of random numbers, after pretrain's
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -381,6 +380,29 @@ def load_model(c, state, place, classes=0):
     return models.to_device(model, place.device), report
 
 
+def augmentation(c):
+    """What a loader does to each image, or None."""
+    magnitude, deviation = c["rand_augment"]
+    return functools.partial(rand_augment, magnitude=magnitude, deviation=deviation) if magnitude else None
+
+
+def step_of(c, model, classes, device):
+    """prepare and loss_of, as pretrain.train asks for them: mixed images, their targets, and the branches to drop -> loss."""
+    def prepare(view, labels, step, part):
+        kept, targets = None, F.one_hot(labels, classes).float()
+        if c["drop_path"]:
+            kept = models.drop_path(len(view), model.branches, c["drop_path"], seeded(c["seed"], DROP, step), part).to(device)
+        return *mix(view, targets, c["mixup"], c["cutmix"], np.random.default_rng((c["seed"], MIX, step))), kept
+
+    def loss_of(net, prepared):
+        images, targets, kept = prepared
+        with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+            scores = net(images, kept)
+        return class_loss(scores, targets, c["loss"], c["smoothing"])
+
+    return prepare, loss_of
+
+
 def run(args):
     """One fine-tuning, or with --eval one measurement, from the command line's options. Returns the exit code."""
     state, place = open_weights(args), pretrain.set_up(args.device)
@@ -422,35 +444,27 @@ def run(args):
               f"smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, RandAugment {c['rand_augment'][0]:g} {c['rand_augment'][1]:g}, "
               f"mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, features: {'mean' if c['model'] in models.RESNETS else c['pool']}")
         print(pretrain.device_line(c, place, start), flush=True)
-    last = {}
+    last, (prepare, loss_of) = {}, step_of(c, model, classes, device)
 
-    def prepare(view, labels, step, part):
-        targets = F.one_hot(labels, classes).float()
-        rng = np.random.default_rng((c["seed"], MIX, step))
-        kept = None
-        if c["drop_path"]:
-            kept = models.drop_path(len(view), model.branches, c["drop_path"], seeded(c["seed"], DROP, step), part).to(device)
-        return *mix(view, targets, c["mixup"], c["cutmix"], rng), kept
-
-    def loss_of(net, prepared):
-        images, targets, kept = prepared
-        with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-            scores = net(images, kept)
-        return class_loss(scores, targets, c["loss"], c["smoothing"])
-
-    def look(step):
-        if not all(agree([float(all(p.isfinite().all() for p in model.parameters()))], place)):
-            return "the weights are not finite. Lower --lr or lengthen --warmup", {}
+    def measure():
         figures = evaluate(model, val, c, place, bad_files)
         confusion = figures.pop("confusion")
         last.update(figures)
-        log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **figures)
-        return "", {"confusion.png": confusion_picture(confusion, data.classes)} if main and classes <= 40 else {}
+        return {"confusion.png": confusion_picture(confusion, data.classes)} if main and classes <= 40 else {}
 
-    augment = functools.partial(rand_augment, magnitude=c["rand_augment"][0], deviation=c["rand_augment"][1]) if c["rand_augment"][0] else None
-    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, look, augment)
-    if not last:                                                # resumed after its end
-        look(start)
+    def look(step, leaving):
+        finite = all(p.isfinite().all() for p in model.parameters())
+        if agree([float(finite)], place)[0] < place.world:
+            return "" if place.rank else "the weights are not finite. Lower --lr or lengthen --warmup", {}
+        if leaving:
+            return "", {}
+        pictures = measure()
+        log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **last)
+        return "", pictures
+
+    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, look, augmentation(c))
+    if not last and not code:                                   # resumed after its end
+        measure()
     if main and code:
         print(pretrain.stopped(code))
     elif main:

@@ -99,7 +99,8 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)         # streams of random numbers that must not meet
+CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)        # streams of random numbers that must not meet
+MIX, DROP, LINEAR, BLOCKS = range(100, 104)                     # those of finetune.py and probe.py
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class MemorySet:
     def plain(self, rows, batch, size, crop=1.0, **_):
         """Yields the images of `rows` in order: their central part, `crop` of it a side, as (views, labels, no bad files)."""
         box = central_box(*self.images.shape[2:], size, crop)
-        for index in rows.split(batch):
+        for index in rows.split(batch) if len(rows) else ():
             images = degrade.center_crop(self.images[index.to(self.images.device)].float() / 255, box)
             yield degrade.scaled(images, size), None if self.labels is None else self.labels[index].to(images.device), []
 
@@ -914,8 +915,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
     """The loop: learning rate, forward, backward, step, log, save. Returns the exit code.
 
     What the scripts do differently: prepare(view, labels, step, (first, whole batch)) -> what the model and the loss are
-    given; loss_of(net, that) -> a number; look(step) -> (what is wrong with the model or "", {file name: picture}), before
-    a checkpoint, called on every process.
+    given; loss_of(net, that) -> a number; look(step, leaving) -> (what is wrong with the model or "", {file name: picture}),
+    before a checkpoint, called on every process; leaving: a signal asks for haste.
     """
     device, B, total, net = place.device, c["batch_size"], c["total_steps"], model
     if c["compile"]:
@@ -973,7 +974,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
             leaving = told and step + 1 < total
             if leaving or too_many or (step + 1) % c["save_every"] == 0 or step + 1 == total:
                 count, progress["bad"] = progress["bad"], 0 if too_many else progress["bad"]       # mended files start anew
-                trouble, pictures = look(step + 1)
+                trouble, pictures = look(step + 1, leaving)
                 trouble = trouble or log.trouble or save(step + 1, c, place, model, optimizer, scaler, progress, pictures)
                 if agree([float(bool(trouble))], place)[0]:
                     raise Failure(trouble and f"step {step + 1}: {trouble}; the last checkpoint is intact")
@@ -1083,7 +1084,7 @@ def run(args):
             prediction = net(d.inputs, d.hidden)
         return losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted, **the_loss(c))
 
-    def look(step):                             # a model whose own prediction is not finite is not saved: the last one is worth more
+    def look(step, leaving):                    # a model whose own prediction is not finite is not saved: the last one is worth more
         if not main:
             return "", {}
         try:

@@ -21,9 +21,8 @@ from tqdm import tqdm
 import finetune
 import models
 import pretrain
-from pretrain import AUTOCAST, BadRequest, Failure, learning_rate, samples, seeded
+from pretrain import AUTOCAST, BLOCKS, LINEAR, BadRequest, Failure, learning_rate, samples, seeded
 
-LINEAR, BLOCKS = 102, 103                                       # streams of random numbers, after finetune's
 BATCH, STORE = 256, 4 * 2 ** 30                                           # images at once; bytes of tokens to keep at most
 
 

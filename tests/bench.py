@@ -1,7 +1,7 @@
 """How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
 
     python tests/bench.py                most of it, about twelve minutes on 2 CPU cores
-    python tests/bench.py step profile   only these: step a2mim profile degrade input processes attention memory compile
+    python tests/bench.py step profile   only these: step a2mim finetune profile degrade input processes attention memory compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
 FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import degrade
+import finetune
 import losses
 import models
 import pretrain
@@ -130,6 +131,34 @@ def a2mim():
         report(f"{label}: frequency loss alone / step", [t / statistics.median(whole) for t in alone], "")
 
 
+def finetuning():
+    """Fine-tuning steps by the papers' recipes against the peak, features of a frozen encoder, RandAugment."""
+    for label, flags in (("ViT-B/16, deit, batch 32", paper("vit_base")), ("ResNet-50, rsb_a3 at 160, batch 32", paper("resnet50")),
+                         ("small ViT, 32 px, batch 64", ("--model", "vit_micro"))):
+        batch = 64 if "64" in label else 32
+        data = pretrain.MemorySet(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), None, device, [str(i) for i in range(10 if batch == 64 else 1000)])
+        c = finetune.resolve(finetune.options().parse_args(list(flags)), place, data)
+        model = finetune.load_model(dict(c, channels=3), None, place, len(data.classes))[0]
+        optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05, finetune.layer_scale(model, c["layer_decay"])), lr=1e-4, fused=True)
+        prepare, loss_of = finetune.step_of(c, model, len(data.classes), device)
+        view, labels = torch.rand(batch, 3, *c["img_size"], device=device), torch.zeros(batch, dtype=torch.long, device=device)
+
+        def train():
+            loss_of(model, prepare(view, labels, 0, (0, batch))).backward()
+            if c["clip"]:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def features():
+            with torch.no_grad(), torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
+                model.pooled(model.encode(view))
+        forward = models.flops(model, view[:2]) / 2
+        compare(f"fine-tuning: {label}", (train, batch, 3 * forward), (features, batch, forward), "frozen features / step, time", 7)
+    picture = (torch.rand(3, 224, 224) * 255).byte()
+    report("RandAugment at 224, one image at a time", [20 / s for s in clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5) for i in range(20)], 5)], "images/s")
+
+
 def memory_format():
     """Channels-last against contiguous memory: what models.to_device's choice rests on."""
     for label, flags in (("ResNet-50 at 224, batch 32", paper("resnet50")), ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
@@ -183,10 +212,9 @@ def input_pipeline():
             transforms.RandomResizedCrop(224, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip(),
             transforms.ToTensor(), transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)]))
         ours = pretrain.FolderSet(folder)
-        ours.size, ours.scale, ours.seed = (224, 224), (0.2, 1.0), 0
         a, b = [], []
         for _ in range(6):
-            a += clock(lambda: [ours[0, i] for i in range(200)], 1, 0)
+            a += clock(lambda: [ours.view((0, i), (224, 224), (0.2, 1.0), 0) for i in range(200)], 1, 0)
             b += clock(lambda: [usual[i] for i in range(200)], 1, 0)
         report("input: files to views, one thread", [200 / s for s in a[1:]], "images/s", f"JPEG, 500x375, {size / 1e3:.0f} kB")
         report("input: the usual pipeline", [200 / s for s in b[1:]], "images/s")
@@ -238,7 +266,7 @@ def compiled():
     report("ViT-B/16: --compile, speed", [clock(plain, 1, 0)[0] / clock(fast, 1, 0)[0] for _ in range(5)], "x")
 
 
-PARTS = dict(step=step, a2mim=a2mim, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
+PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "compile")]

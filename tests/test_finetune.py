@@ -184,6 +184,26 @@ def test_rand_augments_nine_is_nine_tenths(monkeypatch):
     assert asked[0][0] == 2 and strengths.mean() == pytest.approx(0.9, abs=0.01) and strengths.std() == pytest.approx(0.05, abs=0.01) and strengths.max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["memory", "folder", "bad"])
+def test_labels_follow_their_images(kind, labelled, tmp_path):
+    """Through order, split, `keep`, and the image that stands in for one that cannot be read; class k is k x 0.4 bright."""
+    shutil.copytree(labelled, tmp_path / "data")
+    if kind == "bad":                                           # the last of class0; class1's first stands in
+        (tmp_path / "data/train/class0/33.png").write_bytes(b"no picture")
+    data = pretrain.FolderSet(str(tmp_path / "data/train"), labelled=True)
+    assert data.classes == ["class0", "class1", "class2"] and data.labels.bincount().tolist() == [12, 12, 12]
+    if kind == "memory":
+        images, labels, _ = next(data.plain(torch.arange(36), 36, (20, 24)))
+        data = pretrain.MemorySet((images * 255).round().byte(), labels, torch.device("cpu"), data.classes)
+    for few in (data, data.keep(torch.arange(3, 36, 2))):
+        parts, count = [(0, 4), (4, 4)], torch.zeros(3)
+        for views, labels, bad in few.batches(range(9), 8, parts, (8, 8), (0.5, 1.0), 0, device=torch.device("cpu"), workers=0):
+            assert torch.equal(((views.mean((1, 2, 3)) - 0.1) / 0.4).round().long(), labels)
+            count += labels.bincount(minlength=3)
+        assert count.min() > 0
+    assert sorted(few.labels.bincount().tolist()) == [5, 6, 6]
+
+
 class Fixed(torch.nn.Module):
     """Says class 0 for dark images, 1 for bright ones, 2 never."""
 
