@@ -5,7 +5,7 @@
     python tests/table1.py --tasks mask none --seeds 1 --share 0.1    a tenth of it, to try
 
 vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
-and finetune.py with 20 and with 100 labels a class, three draws of labels each; BOLD tasks and none from three
+and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
 pre-training seeds. What a task costs settles how many images it sees: about 2.5 times as many where the encoder drops 75%
 of the patches. One encoder is at work on each core. A stopped table goes on where it was: every part is a run of its own
 in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md. No setting is tuned to a task: all share one learning rate and batch.
@@ -29,9 +29,9 @@ import degrade
 import pretrain
 
 # steps of 128 images in about ten minutes of one core: where the encoder drops 75% of the patches, and where it sees them all
-DATA = {"shapes": dict(size=32, steps=(4200, 1500)), "fashion_mnist": dict(size=28, steps=(5400, 2000))}
+# labels a class: steps of fine-tuning, of 64 images
+DATA = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500}), "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500})}
 BOLD = ("mask", "zoom_in_mask")                                 # from three seeds, as is none
-LABELS = {20: 250, 100: 500}                                    # labels a class: steps of fine-tuning, of 64 images
 DRAWS, PRETRAIN, PROBE = 3, 600, 90                             # PRETRAIN, PROBE: seconds of one core, to foresee the end
 # ImageNet top-1 of ViT-B/16 after fine-tuning: BM Table 1 (300 epochs; distort with missing pixels, Table 2), A2 Table 2 (800)
 PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8, decolor=81.4, zoom_in_mask=83.2, simmim=83.8, a2mim=84.2)
@@ -70,7 +70,7 @@ def jobs(args, task, seed):
         found.append((f"pretrain-{task}-{seed}", PRETRAIN, ["pretrain.py", "--task", task, *data, *sizes, "--batch_size", "128", "--lr", "3e-3", "--steps", n,
                                                            "--seed", str(seed), "--save_every", "1000", "--resume"]))
     found.append((f"probe-{task}-{seed}", PROBE, ["probe.py", "--weights", weights, *data, *sizes, "--seed", str(seed)]))
-    for k, n in LABELS.items():
+    for k, n in d["labels"].items():
         for draw in range(DRAWS):
             found.append((f"finetune-{task}-{seed}-{k}-{draw}", 10 + n / 6, ["finetune.py", "--weights", weights, *data, *sizes, "--labels", str(k),
                           "--steps", steps(n), "--save_every", "100000", "--seed", str(DRAWS * seed + draw), "--resume"]))
@@ -159,14 +159,15 @@ class Work:
             job.terminate()
 
 
-def spread(values, many=True):
+def spread(values):
     """mean ± deviation, the sample's; a plain number where there is one."""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def table(results, data):
     """results {folder: result} -> the table in Markdown, tasks by their accuracy with the most labels."""
-    found, k_most = {}, max(LABELS)
+    found, labels = {}, DATA[data]["labels"]
+    k_most = max(labels)
     for folder, r in results.items():
         kind, task, seed, *more = folder.split("-")
         row = found.setdefault(task, {})
@@ -181,14 +182,13 @@ def table(results, data):
     order = sorted((t for t in found if all_of(found[t], k_most)), key=lambda t: -statistics.mean(all_of(found[t], k_most)))
     paper = sorted((t for t in order if t in PAPER and t not in ("simmim", "a2mim")), key=lambda t: -PAPER[t])
     ours = [t for t in order if t in paper]
-    classes = {"shapes": 10, "fashion_mnist": 10}[data]
-    lines = ["| pre-training | seeds | images | k-NN | linear probe | " + " | ".join(f"{k * classes:,} labels" for k in LABELS) + " | place | BM's place (ImageNet) |",
-             "|---|---|---|---|---|" + "---|" * len(LABELS) + "---|---|"]
+    lines = ["| pre-training | seeds | images | k-NN | linear probe | " + " | ".join(f"{k * 10:,} labels" for k in labels) + " | place | BM's place (ImageNet) |",
+             "|---|---|---|---|---|" + "---|" * len(labels) + "---|---|"]
     for t in order:
         row = found[t]
         place = (f"{ours.index(t) + 1}", f"{paper.index(t) + 1} ({PAPER[t]})") if t in paper else ("", f"A2: {PAPER[t]}" if t in PAPER else "")
         lines.append(f"| `{t}` | {len(row['knn'])} | {row['images'][0]:,} | " .replace("`none`", "none") if "images" in row else f"| {t} | {len(row['knn'])} | 0 | ")
-        lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(spread(all_of(row, k)) for k in LABELS), *place]) + " |"
+        lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(spread(all_of(row, k)) for k in labels), *place]) + " |"
     return "\n".join(lines)
 
 

@@ -204,6 +204,32 @@ def test_labels_follow_their_images(kind, labelled, tmp_path):
     assert sorted(few.labels.bincount().tolist()) == [5, 6, 6]
 
 
+def test_each_step_draws_anew_and_a_part_draws_as_the_whole():
+    """Mixing and dropped branches are a function of seed and step; image i of a batch is treated alike however it is split."""
+    model, c = models.encoder("vit_micro", 8, 4), dict(seed=0, mixup=0.8, cutmix=1.0, drop_path=0.5, loss="ce", smoothing=0, amp="off")
+    prepare, _ = finetune.step_of(c, model, 8, torch.device("cpu"))
+    view, labels = torch.rand(8, 3, 8, 8), torch.arange(8)
+    steps = [prepare(view, labels, step, (0, 8)) for step in (0, 1, 2)]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert all(not torch.equal(x, y) for x, y in zip(steps[a], steps[b]))
+    parts = [prepare(view[rows], labels[rows], 1, (rows.start, 8)) for rows in (slice(0, 4), slice(4, 8))]
+    assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*parts), steps[1]))
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_each_image_is_augmented_by_its_own_draw(kind, labelled):
+    augment = lambda image, generator: torch.randint(256, (1, 1, 1), generator=generator).byte().expand_as(image)
+    data = pretrain.FolderSet(str(labelled / "train"), labelled=True)
+    if kind == "memory":
+        data = pretrain.MemorySet(torch.zeros(36, 3, 8, 8, dtype=torch.uint8), data.labels, torch.device("cpu"))
+    def values(parts, steps=range(9)):
+        views = data.batches(steps, 8, parts, (4, 4), (1.0, 1.0), 0, augment=augment, device=torch.device("cpu"), workers=0)
+        return torch.cat([v for v, _, _ in views])[:, 0, 0, 0]
+    whole = values([(0, 8)])
+    assert len(whole.unique()) > 50                             # two epochs of 36 images, each its own of 256 values
+    assert torch.equal(whole, values([(0, 4), (4, 4)])) and torch.equal(whole[32:40], values([(0, 8)], range(4, 5)))
+
+
 class Fixed(torch.nn.Module):
     """Says class 0 for dark images, 1 for bright ones, 2 never."""
 
@@ -277,6 +303,8 @@ def test_a_run_learns_and_leaves_all_it_should(of, tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "top1" in line] == [20, 40] and log[-1]["top1"] == 100
     assert {"checkpoint.pt", "config.json", "log.jsonl", "result.json", "confusion.png"} <= set(os.listdir(out))
+    fresh = models.encoder("vit_micro", 16, 4)
+    assert (weights_of(out)["pos_embed"] - fresh.pos_embed).abs().max() > 1e-5                 # positions are trained, as MAE's
 
 
 def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path):
@@ -306,6 +334,8 @@ def test_the_result_finds_its_baseline(of, tmp_path):
     shutil.copy(tmp_path / "a/checkpoint.pt", tmp_path / "encoder.pt")
     mine = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", out=tmp_path / "c")[1])
     assert mine["compared_with"] == dict(weights="none", out=str(tmp_path / "a"), top1=none["top1"], top5=none["top5"], images=13)
+    other = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", out=tmp_path / "e")[1])
+    assert other["compared_with"] == mine["compared_with"]      # not with the run from other weights
     alone = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", "--seed", 5, out=tmp_path / "d")[1])
     assert "missing" in alone["compared_with"]
 
@@ -385,6 +415,9 @@ def test_classes_that_do_not_fit_get_one_line(of, labelled, tmp_path):
     shutil.move(data / "val/class1", data / "val/other")
     code, _, complaint = of(finetune, data=data)
     assert code == 2 and "without class1 (1)" in complaint and "more: other (1)" in complaint and complaint.count("\n") == 1
+    shutil.copytree(data / "val/other", data / "val/class1")
+    code, _, complaint = of(finetune, data=data)
+    assert code == 2 and "more: other (1)" in complaint and "without" not in complaint
     shutil.rmtree(data / "val")
     code, _, complaint = of(finetune, data=data)
     assert code == 2 and f"there is no {data}/val" in complaint and complaint.count("\n") == 1
