@@ -13,7 +13,9 @@ Labelled images are DIR/train/<class>/... and DIR/val/<class>/..., or a set by n
 processes, precision, checkpoints and exit codes are pretrain.py's. A run leaves checkpoint.pt, log.jsonl, config.json,
 confusion.png and result.json, one line that is also printed last.
 """
+import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -49,8 +51,9 @@ SAYS = dict(
     img_size="that of the run in --weights, for a ResNet by rsb_a3 160; else 224 or 32, for a ResNet 64", patch_size="that of the run in --weights, or 16 or 4",
     epochs="100 (rsb_a2 300), 50 (small)", batch_size="1024 (deit), 2048 (rsb), 64 (small)", lr="2.5e-4 (deit), 1e-3, 1.5e-3 (rsb_a3, rsb_a2), 8e-3 (small)",
     weight_decay="0.05 (rsb 0.02)", betas="0.9 0.999", clip="5 (rsb 0)", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
-    crop="0.08 1 (small 0.8 1)", save_every="a fifth of the run; the accuracy is measured with each", out="runs/finetune-WEIGHTS-DATA[-LABELS]")
-SAME_RUN = ("recipe", "weights", "labels", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
+    crop="0.08 1 (small 0.8 1)", save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost",
+    out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]")
+SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
             "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
             "smoothing", "rand_augment", "mixup", "cutmix", "loss")
 
@@ -59,25 +62,29 @@ SAME_RUN = ("recipe", "weights", "labels", "model", "relative_positions", "data"
 # Labels, augmentation, loss
 # ---------------------------------------------------------------------------------------------------
 
-def few_labels(labels, k, seed):
-    """k rows of each class, (classes k,) int64, sorted. ValueError when a class has fewer."""
+def few_labels(labels, k, seed, classes):
+    """k rows of each of `classes`, (classes k,) int64, sorted. BadRequest when a class has fewer."""
     rows = []
-    for label in labels.unique().tolist():
+    for label, name in enumerate(classes):
         of_class = (labels == label).nonzero()[:, 0]
         if len(of_class) < k:
-            raise ValueError(f"--labels {k}: class {label} has only {len(of_class)} images")
+            raise BadRequest(f"--labels {k}: class {name} has only {len(of_class)} images")
         rows.append(of_class[torch.randperm(len(of_class), generator=seeded(seed, LABELS, label))[:k]])
     return torch.cat(rows).sort().values
 
 
 def rand_augment(image, generator, magnitude, deviation):
-    """RandAugment of a (C, H, W) uint8 image: two of torchvision's operations, at a strength of N(magnitude, deviation) on
-    timm's scale from 0 to 10, which Table A2's (9, 0.5) is on (torchvision's own 9 is 3 there).
+    """RandAugment of a (C, H, W) uint8 image, as timm's, which Table A2's (9, 0.5) means: twice, each time with probability
+    1/2, one of torchvision's operations, at a strength of N(magnitude, deviation) on a scale from 0 to 10 (torchvision's own
+    9 is 3 there).
     """
-    strength = magnitude + deviation * float(torch.randn((), generator=generator))
-    with torch.random.fork_rng(devices=[]):                     # torchvision draws from the global generator
-        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
-        return v2.RandAugment(2, round(10 * min(max(strength, 0), 10)), num_magnitude_bins=101, fill=[128] * len(image))(image)
+    for _ in range(2):
+        strength, used = magnitude + deviation * float(torch.randn((), generator=generator)), torch.rand((), generator=generator) < 0.5
+        policy = v2.RandAugment(1, round(10 * min(max(strength, 0), 10)), 101, v2.InterpolationMode.BILINEAR, [128] * len(image))
+        with torch.random.fork_rng(devices=[]):                 # torchvision draws from the global generator
+            torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+            image = policy(image) if used else image
+    return image
 
 
 def mix(images, targets, mixup, cutmix, rng):
@@ -133,7 +140,8 @@ class LAMB(torch.optim.Optimizer):
     """LAMB: You et al., Large Batch Optimization for Deep Learning (arXiv 1904.00962), Algorithm 2, with bias correction.
 
     u = m / (sqrt(v) + eps) + weight_decay w;  w <- w - lr |w| / |u| u, where the ratio of norms is 1 when either is 0.
-    # differs from Algorithm 2: as in RSB's code, parameters without weight decay (biases, norms) keep the ratio 1.
+    # differs from Algorithm 2: as in RSB's code, parameters without weight decay (biases, norms) keep the ratio 1. That code
+    # also clips the gradient's norm to 1; A2's Table A2 says it does not.
     """
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-6):
@@ -166,12 +174,13 @@ class LAMB(torch.optim.Optimizer):
 
 @torch.no_grad()
 def evaluate(model, data, c, place, bad_files):
-    """Accuracy over all images of `data`, each counted once however many processes share them: {top1, top5 in %, images,
-    confusion}; confusion (true, predicted) counts, for up to 100 classes. Every process calls it. Failure when more than 1%
-    of the files cannot be read.
+    """Accuracy over all images of `data`, each counted once however many processes share them: {top1, top5 in %, images},
+    and for up to 40 classes the counts (true, predicted), else None. Every process calls it. Failure when more than 1% of
+    the files cannot be read.
     """
     classes, size = len(data.classes), [c["test_size"]] * 2 if c["test_size"] else c["img_size"]
-    confusion, first, fifth, bad = torch.zeros(classes, classes, dtype=torch.long), 0, 0, 0
+    small = classes <= 40
+    confusion, first, fifth, bad = torch.zeros(classes, classes, dtype=torch.long) if small else None, 0, 0, 0
     rows, training = torch.arange(len(data))[place.rank::place.world], model.training
     model.eval()
     for views, labels, unread in data.plain(rows, 256, size, c["test_crop"], device=place.device, workers=c["workers"]):
@@ -182,16 +191,16 @@ def evaluate(model, data, c, place, bad_files):
             top = model(views).float().topk(min(5, classes)).indices                           # (k, 5)
         hit = top == labels[:, None]
         first, fifth = first + int(hit[:, 0].sum()), fifth + int(hit.sum())
-        confusion += torch.bincount((labels * classes + top[:, 0]).cpu(), minlength=classes ** 2).view(classes, classes)
+        if small:
+            confusion += torch.bincount((labels * classes + top[:, 0]).cpu(), minlength=classes ** 2).view(classes, classes)
     model.train(training)
-    small = classes <= 100
     first, fifth, bad, *counts = agree([first, fifth, bad, *(confusion.flatten().tolist() if small else [])], place)
     if bad > 0.01 * len(data):
         files = bad_files.listed(place)
         raise Failure("" if place.rank else f"{int(bad)} of {len(data)} images to measure on cannot be read: mend or replace {files}")
     seen = len(data) - int(bad)
-    return dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2), images=seen,
-                confusion=torch.tensor(counts).view(classes, classes).long() if small else None)
+    figures = dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2), images=seen)
+    return figures, torch.tensor(counts).view(classes, classes).long() if small else None
 
 
 def confusion_picture(confusion, classes):
@@ -220,27 +229,39 @@ def confusion_picture(confusion, classes):
     return picture
 
 
-def report(c, figures, out):
-    """Print the one line of results, and save it as OUT/result.json. Beside it what to compare with: the same run from
-    random weights, if it lies in a neighbouring folder, or how to get it.
+def make_folder(c):
+    """--out, with config.json in it: before the work, not after. BadRequest when it cannot be, or holds a training run."""
+    if os.path.exists(os.path.join(c["out"], "checkpoint.pt")):
+        raise BadRequest(f"{c['out']} holds a run with its own result: choose another --out")
+    try:
+        os.makedirs(c["out"], exist_ok=True)
+        config = json.dumps({**c, **pretrain.provenance()}, indent=1)
+        pretrain.write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
+    except OSError as error:
+        raise BadRequest(f"--out {c['out']} cannot be written to: {error}")
+
+
+def report(c, figures, same):
+    """Print the one line of results, and save it as result.json in --out. Beside it what to compare it with: the run from
+    random weights with the same values of what `same` names, if it lies in a neighbouring folder, or how to get it.
     """
-    same = {k: c.get(k) for k in ("script", "model", "data", "labels", "seed", "total_steps", "blocks", "recipe", "pool")}
-    mine, none = dict(same, weights=c["weights"], **figures), None
-    if out and c["weights"] != "none":
+    out, shown = c["out"], ("script", "model", "data", "labels", "seed", "total_steps", "blocks", "weights")
+    mine = {k: c[k] for k in shown if c.get(k) is not None} | figures
+    if same:
+        mine["settings"] = hashlib.sha1(json.dumps({k: c[k] for k in same if k != "weights"}, sort_keys=True).encode()).hexdigest()[:8]
+    if same and c["weights"] != "none":
+        mine["compared_with"] = dict(weights="none", missing="the same command with --weights none")
         folder = os.path.dirname(os.path.abspath(out))
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            try:
-                with open(os.path.join(folder, name, "result.json")) as file:
-                    other = json.load(file)
-            except (OSError, ValueError):
-                continue
-            if other.get("weights") == "none" and all(other.get(k) == v for k, v in same.items()):
-                none = dict(out=os.path.join(os.path.dirname(out), name), **{k: other[k] for k in figures if k in other})
-        mine["compared_with"] = dict(weights="none", **(none or dict(missing="the same command with --weights none and its own --out")))
-    line = json.dumps({k: v for k, v in mine.items() if v is not None})
-    if out:
-        os.makedirs(out, exist_ok=True)
+        for name in sorted(os.listdir(folder)):
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name, "result.json")) as file:
+                other = json.load(file)
+                if other["weights"] == "none" and other.get("settings") == mine["settings"]:
+                    mine["compared_with"] = dict(weights="none", out=os.path.join(os.path.dirname(out), name), **{k: other[k] for k in figures})
+    line = json.dumps(mine)
+    try:
         pretrain.write_whole(os.path.join(out, "result.json"), lambda file: file.write(line.encode() + b"\n"))
+    except OSError as error:
+        raise Failure(f"{error}. The result is {line}")
     print(line)
 
 
@@ -250,9 +271,9 @@ def report(c, figures, out):
 
 def weights_options(p):
     """What finetune.py, probe.py and analyze.py ask about an encoder."""
-    p.set_defaults(data=None, root=None)                        # those of the run in --weights
+    p.set_defaults(data=None, root=None)                        # those of the run in --weights; None: not given
     p.add_argument("--pool", choices=("cls", "mean"), help="a ViT's features: the cls token (BM), or the mean of the others; default: cls for a folder, mean for the small sets")
-    p.add_argument("--relative_positions", action="store_true", help="the ViT has a relative position bias; default: as the run in --weights")
+    p.add_argument("--relative_positions", action="store_true", default=None, help="the ViT has a relative position bias; default: as the run in --weights")
 
 
 def options():
@@ -276,20 +297,25 @@ def options():
     return p
 
 
+MEASURED = ("recipe", "test_size", "test_crop")                 # what --eval takes from the run too
+
+
 def open_weights(args):
-    """--weights as a dict of tensors, or None; and args' model, sizes and data those of its run where they were not given."""
-    state, config = None, {}
+    """--weights as a dict of what the file holds, or None; and args' model, sizes and data those of its run where they
+    were not given. BadRequest when it cannot be read.
+    """
+    state, config, measuring = None, {}, vars(args).get("eval")
     if args.weights != "none":
+        args.weights = os.path.normpath(args.weights)
         try:
             state = models.read_weights(args.weights)
         except ValueError as error:
             raise BadRequest(str(error))
-        config = state.get("config") or {}
-        config = config if isinstance(config, dict) else {}
-    for name in ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(("test_size", "test_crop") if vars(args).get("eval") else ())):
-        if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes"):
+        config = state["config"] if isinstance(state.get("config"), dict) else {}
+    for name in ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(MEASURED if measuring else ())):
+        if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes") and not measuring:
             continue                                            # a ResNet takes any size: the recipe's (RSB A3 trains at 160)
-        if not getattr(args, name):
+        if getattr(args, name) is None:
             setattr(args, name, config.get(name))
     args.data, args.root, args.relative_positions = args.data or "shapes", args.root or "data", bool(args.relative_positions)
     return state
@@ -304,19 +330,18 @@ def labelled_data(args, place):
             f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" for what, names in (("without", missing), ("more:", extra)) if names))
     if args.labels is None:
         return data, val
+    pretrain.not_negative(vars(args), "seed")
     if args.labels < 1:
         raise BadRequest(f"--labels {args.labels} must be more than 0")
-    try:
-        return data.keep(few_labels(data.labels, args.labels, args.seed)), val
-    except ValueError as error:
-        raise BadRequest(str(error))
+    return data.keep(few_labels(data.labels, args.labels, args.seed, data.classes)), val
 
 
-def name_weights(c):
-    """WEIGHTS-DATA[-LABELS], what a run's folder is called after; --weights and --data brought to a normal form."""
-    c["weights"] = c["weights"] if c["weights"] == "none" else os.path.normpath(c["weights"])
-    base = os.path.splitext(os.path.basename(c["weights"].removesuffix(os.sep + "checkpoint.pt")))[0]
-    return f"{base}-{os.path.basename(c['data'])}" + (f"-{c['labels']}" if c["labels"] else "")
+def folder_name(script, c):
+    """SCRIPT-WEIGHTS-DATA[-LABELS][-SEED], what a run's folder is called after."""
+    base = os.path.basename(c["weights"].removesuffix(os.sep + "checkpoint.pt"))
+    base = f"none-{c['model']}" if c["weights"] == "none" else base if os.path.isdir(c["weights"]) else os.path.splitext(base)[0]
+    more = [str(c["labels"])] if c.get("labels") else []
+    return "-".join([script, base, os.path.basename(c["data"]), *more, *([f"seed{c['seed']}"] if c["seed"] else [])])
 
 
 def is_small(data):
@@ -325,7 +350,7 @@ def is_small(data):
 
 def recipe_of(name, data, model):
     """A recipe by name as a new dict, for this data and model (None: the data's default)."""
-    model = model or ("vit_micro" if is_small(data) else "vit_base")
+    model = model or ("vit_micro" if is_small(data) or name == "small" else "vit_base")
     resnet = model in models.RESNETS
     recipe = dict(RECIPES[name], model=model)
     if is_small(data):
@@ -335,32 +360,45 @@ def recipe_of(name, data, model):
     return recipe
 
 
-def resolve(args, place, data):
-    """The command line and the recipe as one dict of JSON values. BadRequest for what cannot be run."""
+def choose_recipe(args, script):
+    """The command line with its recipe's values, as a dict, and the recipe. BadRequest for what does not go together."""
     resnet = args.model in models.RESNETS
     name = args.recipe or ("small" if is_small(args.data) else "rsb_a3" if resnet else "deit")
     if name == "deit" and resnet or name.startswith("rsb") and not resnet:
         raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s, --model {args.model} is none")
-    recipe = recipe_of(name, args.data, args.model)
-    c = dict(vars(args), recipe=name, script="finetune")
+    if resnet and args.pool:
+        raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
+    c, recipe = dict(vars(args), recipe=name, script=script), recipe_of(name, args.data, args.model)
     pretrain.settle(c, recipe)
-    if not resnet and c["test_size"]:
+    if resnet:
+        c["pool"] = None
+    elif c["test_size"]:
         raise BadRequest(f"--test_size {c['test_size']} is for a ResNet: a ViT is measured at --img_size")
-    if not resnet and not 0 < c["layer_decay"] <= 1 or resnet and c["layer_decay"] != 1:
-        raise BadRequest(f"--layer_decay {c['layer_decay']} must be in (0, 1], and is a ViT's")
-    for option, top in (("drop_path", 1), ("smoothing", 1)):
-        if not 0 <= c[option] < top:
-            raise BadRequest(f"--{option} {c[option]} must be in [0, 1)")
     if not 0 < c["test_crop"] <= 1:
         raise BadRequest(f"--test_crop {c['test_crop']} must be in (0, 1]")
+    pretrain.not_negative(c, "test_size", "seed", "workers")
+    return c, recipe
+
+
+def resolve(args, place, data, measured):
+    """The command line and the recipe as one dict of JSON values; measured: images of val. BadRequest for what cannot be run."""
+    c, recipe = choose_recipe(args, "finetune")
+    if c["model"] in models.VITS and not 0 < c["layer_decay"] <= 1 or c["model"] in models.RESNETS and c["layer_decay"] != 1:
+        raise BadRequest(f"--layer_decay {c['layer_decay']} must be in (0, 1], and is a ViT's")
+    for option in ("drop_path", "smoothing"):
+        if not 0 <= c[option] < 1:
+            raise BadRequest(f"--{option} {c[option]} must be in [0, 1)")
+    if c["loss"] == "bce" and c["smoothing"]:
+        raise BadRequest(f"--smoothing {c['smoothing']} does nothing with --loss bce: add --smoothing 0")
     if not 0 <= c["rand_augment"][0] <= 10:
         raise BadRequest(f"--rand_augment {c['rand_augment'][0]}: the magnitude is from 0 to 10")
-    pretrain.not_negative(c, "mixup", "cutmix", "test_size")
-    pretrain.share_out(c, recipe, place, len(data), data.channels, "finetune-" + name_weights(c))
-    if args.save_every is None:
-        c["save_every"] = max(1, math.ceil(c["total_steps"] / 5))
+    pretrain.not_negative(c, "mixup", "cutmix")
+    pretrain.share_out(c, recipe, place, len(data), data.channels, folder_name("finetune", c))
+    if args.save_every is None:                                 # measuring should stay below a tenth of the work
+        c["save_every"] = max(math.ceil(c["total_steps"] / 20), math.ceil(5 * measured / c["batch_size"]))
     if (c["mixup"] or c["cutmix"]) and c["images_per_process"] % 2:
-        raise BadRequest(f"mixup pairs neighbours, and {c['images_per_process']} images at once are odd: choose another --batch_size or --accum, or --mixup 0 --cutmix 0")
+        raise BadRequest(f"mixup pairs neighbours, and {c['images_per_process']} images at once are odd: "
+                         "choose another --batch_size or --accum, or --mixup 0 --cutmix 0")
     c.update(view=c["img_size"], classes=data.classes)
     return c
 
@@ -371,7 +409,7 @@ def load_model(c, state, place, classes=0):
     """
     torch.manual_seed(c["seed"])
     try:
-        model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"], c["pool"])
+        model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"], c["pool"] or "mean")
         if classes and c["model"] in models.VITS:
             nn.init.trunc_normal_(model.head.weight, std=2e-5)  # MAE's, so that fine-tuning begins with the encoder's features
         report = None if state is None else models.load_weights(model, state)
@@ -403,30 +441,54 @@ def step_of(c, model, classes, device):
     return prepare, loss_of
 
 
+TRAINS = ("labels", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop", "resume", "save_every", "optimizer",
+          "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix")
+
+
+def measure_only(args, state, place):
+    """--eval: measure the classifier in --weights on the val images of --data. Returns the exit code."""
+    given = [name for name in TRAINS if getattr(args, name) is not None]
+    if given:
+        raise BadRequest(f"--{given[0]} does nothing with --eval, which only measures")
+    c, _ = choose_recipe(args, "eval")
+    val, weights = pretrain.load_data(c, place, "val", labelled=True), {} if state is None else models.tensors(state)
+    head, classes = "fc.weight" if c["model"] in models.RESNETS else "head.weight", len(val.classes)
+    if head not in weights or len(weights[head]) != classes:
+        raise BadRequest(f"--eval: {c['weights']} has {'no classifier' if head not in weights else f'a classifier of {len(weights[head])} classes'}, "
+                         f"{c['data']} has {classes} classes: give a fine-tuned run, and the --data it was made for")
+    known = (state.get("config") or {}).get("classes", val.classes) if isinstance(state.get("config", {}), dict) else val.classes
+    if known != val.classes:
+        other = next((a, b) for a, b in zip(known, val.classes) if a != b)
+        raise BadRequest(f"--eval: the classes of {c['weights']} are not those of {c['data']}: {other[0]} there is {other[1]} here")
+    c.update(channels=val.channels, workers=1 if c["workers"] is None else c["workers"], amp=pretrain.precision(c["amp"], place.device),
+             out=c["out"] or os.path.join("runs", folder_name("eval", c)))
+    model, loaded = load_model(c, state, place, classes)
+    if loaded.missing:
+        raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a {c['model']}: its scores would mean nothing")
+    if place.rank == 0:
+        print(loaded)
+        make_folder(c)
+    figures, confusion = evaluate(model, val, c, place, pretrain.BadFiles(len(val), 1))
+    if place.rank == 0:
+        if confusion is not None:
+            confusion_picture(confusion, val.classes).save(os.path.join(c["out"], "confusion.png"))
+        report(c, figures, ())
+    return 0
+
+
 def run(args):
     """One fine-tuning, or with --eval one measurement, from the command line's options. Returns the exit code."""
     state, place = open_weights(args), pretrain.set_up(args.device)
+    if args.eval:
+        return measure_only(args, state, place)
     main, device = place.rank == 0, place.device
     data, val = labelled_data(args, place)
-    c = resolve(args, place, data)
-    classes, bad_files = len(data.classes), pretrain.BadFiles(len(val), 1)
-    head = "fc.weight" if c["model"] in models.RESNETS else "head.weight"
-    if c["eval"]:
-        weights = {} if state is None else models.tensors(state)
-        if head not in weights or len(weights[head]) != classes:
-            raise BadRequest(f"--eval: {c['weights']} has {'no classifier' if head not in weights else f'a classifier of {len(weights[head])} classes'}, "
-                             f"{c['data']} has {classes} classes: give a fine-tuned run, and the --data it was made for")
+    c = resolve(args, place, data, len(val))
+    classes = len(data.classes)
     model, loaded = load_model(c, state, place, classes)
+    del state                                                   # with an optimiser's moments it may be three times the model
     if main and loaded:
         print(loaded)
-    if c["eval"]:
-        figures = evaluate(model, val, c, place, bad_files)
-        confusion = figures.pop("confusion")
-        if main:
-            report(c, figures, args.out)
-            if args.out and confusion is not None:
-                confusion_picture(confusion, data.classes).save(os.path.join(args.out, "confusion.png"))
-        return 0
     if c["model"] in models.VITS:
         model.pos_embed.requires_grad_(True)                    # as in MAE's and BM's fine-tuning
     groups = pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"]))
@@ -437,38 +499,38 @@ def run(args):
     scaler = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16")
     start, progress, log = pretrain.begin(c, place, model, optimizer, scaler, SAME_RUN)
     if main:
-        print(f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes"
-              f"{' (' + str(c['labels']) + ' a class)' if c['labels'] else ''}, measured on {len(val):,}, input {c['img_size'][0]}x{c['img_size'][1]}")
+        few = f" ({c['labels']} a class)" if c["labels"] else ""
+        print(f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes{few}, "
+              f"measured on {len(val):,}, input {c['img_size'][0]}x{c['img_size'][1]}")
         print(pretrain.batch_line(c, len(data)))
-        print(f"{c['optimizer']}, layer decay {c['layer_decay']:g}, weight decay {c['weight_decay']:g}, gradient clip {c['clip'] or 'off'}, loss {c['loss']}, "
-              f"smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, RandAugment {c['rand_augment'][0]:g} {c['rand_augment'][1]:g}, "
-              f"mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, features: {'mean' if c['model'] in models.RESNETS else c['pool']}")
+        print(f"{c['optimizer']}, layer decay {c['layer_decay']:g}, weight decay {c['weight_decay']:g}, gradient clip {c['clip'] or 'off'}, "
+              f"loss {c['loss']}, smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, RandAugment {c['rand_augment'][0]:g} "
+              f"{c['rand_augment'][1]:g}, mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, features: {c['pool'] or 'mean'}")
         print(pretrain.device_line(c, place, start), flush=True)
-    last, (prepare, loss_of) = {}, step_of(c, model, classes, device)
+    last, bad_files, (prepare, loss_of) = {}, pretrain.BadFiles(len(val), 1), step_of(c, model, classes, device)
 
-    def measure():
-        figures = evaluate(model, val, c, place, bad_files)
-        confusion = figures.pop("confusion")
+    def check(step):
+        finite = all(x.isfinite().all() for x in model.state_dict().values())
+        if agree([float(finite)], place)[0] < place.world and main:
+            return "the weights are not finite. Lower --lr or lengthen --warmup", {}
+        return "", {}
+
+    def measure(step):
+        figures, confusion = evaluate(model, val, c, place, bad_files)
         last.update(figures)
-        return {"confusion.png": confusion_picture(confusion, data.classes)} if main and classes <= 40 else {}
+        if step > start:                                        # else a finished run is measured again
+            log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **figures)
+        if main and confusion is not None:
+            picture = confusion_picture(confusion, data.classes)
+            pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
 
-    def look(step, leaving):
-        finite = all(p.isfinite().all() for p in model.parameters())
-        if agree([float(finite)], place)[0] < place.world:
-            return "" if place.rank else "the weights are not finite. Lower --lr or lengthen --warmup", {}
-        if leaving:
-            return "", {}
-        pictures = measure()
-        log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **last)
-        return "", pictures
-
-    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, look, augmentation(c))
-    if not last and not code:                                   # resumed after its end
-        measure()
+    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure, augmentation(c))
+    if not code and not last:
+        measure(start)
     if main and code:
         print(pretrain.stopped(code))
     elif main:
-        report(c, last, c["out"])
+        report(c, last, SAME_RUN)
     return code
 
 

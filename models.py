@@ -130,9 +130,10 @@ class MLP(nn.Module):
 def drop_path(batch, depth, rate, generator, part=None):
     """Stochastic depth: what each residual branch of each image is multiplied by, (batch, depth), 0 or 1 / (1 - r).
 
-    r rises linearly from 0 at the first branch to `rate` at the last; the mean of a factor is 1. part = (first, whole)
-    draws for the whole batch, of which these are the rows from `first` on. (torchvision's stochastic_depth draws from
-    the global generator, so a run would depend on how a batch is split.)
+    r rises linearly from 0 at the first branch to `rate` at the last (# differs from timm's: there the two branches of a
+    ViT's block share one rate); the mean of a factor is 1. part = (first, whole) draws for the whole batch, of which these
+    are the rows from `first` on. (torchvision's stochastic_depth draws from the global generator, so a run would depend on
+    how a batch is split.)
     """
     first, whole = part or (0, batch)
     kept = 1 - torch.linspace(0, rate, depth)
@@ -249,7 +250,9 @@ class ViT(Normalized):
         return self.norm(x)                                                            # (B, 1 + visible, D)
 
     def pooled(self, tokens):
-        """The features of an image, (B, 1 + N, D) -> (B, D)."""
+        """The features of an image, (B, 1 + N, D) -> (B, D). (# differs from MAE's mean pooling, which norms the mean; this
+        is the mean of normed tokens, and needs no other parameters than the cls token's.)
+        """
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
 
     def forward(self, images, kept=None):
@@ -391,8 +394,8 @@ class ResNet(Normalized):
         return z
 
     def pooled(self, z):
-        """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D)."""
-        return z.mean((2, 3))
+        """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D), in float32."""
+        return z.float().mean((2, 3))
 
     def forward(self, images, kept=None):
         """Class scores (B, num_classes); features (B, D) when there is no head."""

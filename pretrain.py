@@ -218,10 +218,11 @@ class MemorySet:
 
     def plain(self, rows, batch, size, crop=1.0, **_):
         """Yields the images of `rows` in order: their central part, `crop` of it a side, as (views, labels, no bad files)."""
-        box = central_box(*self.images.shape[2:], size, crop)
+        h, w = central_box(*self.images.shape[2:], size, crop)
         for index in rows.split(batch) if len(rows) else ():
-            images = degrade.center_crop(self.images[index.to(self.images.device)].float() / 255, box)
-            yield degrade.scaled(images, size), None if self.labels is None else self.labels[index].to(images.device), []
+            images = degrade.center_crop(self.images[index.to(self.images.device)].float() / 255, (h, w))
+            box = torch.tensor([0.0, 0.0, h, w], device=images.device).expand(len(images), 4)
+            yield degrade.crop_resize(images, box, size, cubic=True).clamp(0, 1), None if self.labels is None else self.labels[index].to(images.device), []
 
     def picture_views(self, n, size):
         return degrade.scaled(self.shown[:n].float() / 255, size)
@@ -617,7 +618,7 @@ def common_options(p, says, only=None):
     o("--accum", "batches a step is split into on each process", type=int)
     o("--lr", "base learning rate, per 256 images of the batch", type=float)
     o("--weight_decay", "not on biases, norms, tokens and positions", type=float)
-    o("--betas", "AdamW's and LAMB's", type=float, nargs=2, metavar=("B1", "B2"))
+    o("--betas", "of the two running means", type=float, nargs=2, metavar=("B1", "B2"))
     o("--clip", "scale gradients down to this norm; 0: never", type=float, metavar="NORM")
     o("--warmup", "epochs of linear warm-up", type=float, metavar="EPOCHS")
     o("--crop", "area of the random crop", type=float, nargs=2, metavar=("MIN", "MAX"))
@@ -911,12 +912,12 @@ class BadFiles:
         return ", ".join(sorted({path for paths in lists for path in paths}))
 
 
-def train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, look, augment=None):
+def train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure=None, augment=None):
     """The loop: learning rate, forward, backward, step, log, save. Returns the exit code.
 
     What the scripts do differently: prepare(view, labels, step, (first, whole batch)) -> what the model and the loss are
-    given; loss_of(net, that) -> a number; look(step, leaving) -> (what is wrong with the model or "", {file name: picture}),
-    before a checkpoint, called on every process; leaving: a signal asks for haste.
+    given; loss_of(net, that) -> a number; check(step), before a checkpoint -> (what is wrong with the model or "", {file
+    name: picture}); measure(step), after it, unless a signal asks for haste. Every process calls them.
     """
     device, B, total, net = place.device, c["batch_size"], c["total_steps"], model
     if c["compile"]:
@@ -974,7 +975,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
             leaving = told and step + 1 < total
             if leaving or too_many or (step + 1) % c["save_every"] == 0 or step + 1 == total:
                 count, progress["bad"] = progress["bad"], 0 if too_many else progress["bad"]       # mended files start anew
-                trouble, pictures = look(step + 1, leaving)
+                trouble, pictures = check(step + 1)
                 trouble = trouble or log.trouble or save(step + 1, c, place, model, optimizer, scaler, progress, pictures)
                 if agree([float(bool(trouble))], place)[0]:
                     raise Failure(trouble and f"step {step + 1}: {trouble}; the last checkpoint is intact")
@@ -984,6 +985,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
                               f"mend or replace {files}; then --resume")
             if leaving:
                 break
+            if measure and ((step + 1) % c["save_every"] == 0 or step + 1 == total):
+                measure(step + 1)
     return 128 + (signals.received or signal.SIGTERM) if leaving else 0
 
 
@@ -1084,7 +1087,7 @@ def run(args):
             prediction = net(d.inputs, d.hidden)
         return losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted, **the_loss(c))
 
-    def look(step, leaving):                    # a model whose own prediction is not finite is not saved: the last one is worth more
+    def check(step):                            # a model whose own prediction is not finite is not saved: the last one is worth more
         if not main:
             return "", {}
         try:
@@ -1095,7 +1098,7 @@ def run(args):
             return "the model's prediction is not finite. Lower --lr or lengthen --warmup", {}
         return "", {f"recovered_{step:07d}.png": picture}
 
-    code = train(c, place, data, model, optimizer, scaler, start, progress, log, damage, loss_of, look)
+    code = train(c, place, data, model, optimizer, scaler, start, progress, log, damage, loss_of, check)
     if main:
         print(stopped(code) if code else summary(c["out"]))
     return code

@@ -26,10 +26,11 @@ from pretrain import AUTOCAST, BLOCKS, LINEAR, BadRequest, Failure, learning_rat
 BATCH, STORE = 256, 4 * 2 ** 30                                           # images at once; bytes of tokens to keep at most
 
 
-def encode(model, data, rows, c, place, bad_files, tokens=False, note=""):
-    """Yields (features, labels) of the images of `rows`, in order, by the frozen model: (k, D) float32; or its tokens
-    (k, T, D), a ResNet's being the positions of its last map. Images that cannot be read are left out.
+def encode(model, data, rows, c, place, tokens=False, note=""):
+    """Yields (features (k, D) float32, labels (k,), None or tokens (k, T, D)) of the images of `rows`, in order, by the frozen
+    model. A ResNet's tokens are the positions of its last map. Images that cannot be read are left out.
     """
+    bad_files = pretrain.BadFiles(len(data), 1)
     parts = data.plain(rows, BATCH, c["img_size"], c["test_crop"], device=place.device, workers=c["workers"])
     for views, labels, unread in tqdm(parts, note, math.ceil(len(rows) / BATCH), leave=False, disable=not note, unit="batch"):
         if bad_files.meet(unread) and len(bad_files.why) > 0.01 * len(data):
@@ -38,8 +39,20 @@ def encode(model, data, rows, c, place, bad_files, tokens=False, note=""):
             continue
         with torch.no_grad(), torch.autocast(place.device.type, *AUTOCAST[c["amp"]]):
             z = model.encode(views)
-            z = (z if z.ndim == 3 else z.flatten(2).transpose(1, 2)) if tokens else model.pooled(z).float()
-        yield z, labels
+        yield model.pooled(z).float(), labels, (z if z.ndim == 3 else z.flatten(2).transpose(1, 2)) if tokens else None
+
+
+def gather(model, data, c, place, note, tokens=False):
+    """encode of all images of `data`, each in one tensor; tokens are kept in half precision."""
+    rows, kept, at = torch.arange(len(data)), None, 0
+    features, labels = [], []
+    for z, y, t in encode(model, data, rows, c, place, tokens, note):
+        features.append(z), labels.append(y)
+        if tokens:                                              # room for all at once: no second copy when they are joined
+            kept = torch.empty(len(data), *t.shape[1:], dtype=torch.bfloat16, device=t.device) if kept is None else kept
+            kept[at:at + len(t)] = t
+            at += len(t)
+    return torch.cat(features), torch.cat(labels), kept[:at] if tokens else None
 
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
@@ -48,7 +61,7 @@ def knn(train, labels, test, classes, k=20, temperature=0.07):
     """
     train, test, k = F.normalize(train, dim=1), F.normalize(test, dim=1), min(k, len(train))
     votes = []
-    for some in test.split(1000):
+    for some in test.split(max(1, 2 ** 27 // len(train))):      # half a GiB of similarities at once
         near, which = (some @ train.T).topk(k)
         votes.append(torch.zeros(len(some), classes, device=test.device).scatter_add_(1, labels[which], ((near - 1) / temperature).exp()))
     return torch.cat(votes)
@@ -117,49 +130,45 @@ class BlocksProbe(nn.Module):
         return self.head(tokens[:, 0] if self.cls else tokens[:, first:].mean(1))
 
 
-def blocks_probe(model, data, val, c, place, bad_files):
+def blocks_probe(model, data, val, train, test, c, place):
     """Train BlocksProbe on the frozen model's tokens -> scores (m, classes) and labels (m,) of the images of val.
 
-    BM gives no recipe: AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a tenth of it warm-up, no augmentation. Tokens
-    are computed once and kept in half precision, or anew each epoch where they would take more than 4 GiB.
+    train, test: what gather found; without tokens in them, which would take more than 4 GiB, they are computed anew each
+    epoch. BM gives no recipe: AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a tenth of it warm-up, no augmentation.
     """
-    resnet, device = c["model"] in models.RESNETS, place.device
+    resnet, device, n = c["model"] in models.RESNETS, place.device, len(train[1])
     torch.manual_seed(c["seed"])
-    probe = BlocksProbe(model.dim, max(1, model.dim // 64) if resnet else models.VITS[c["model"]][0][2], c["blocks"],
-                        len(data.classes), not resnet and c["pool"] == "cls").to(device)
+    heads = max(1, model.dim // 64) if resnet else models.VITS[c["model"]][0][2]
+    probe = BlocksProbe(model.dim, heads, c["blocks"], len(data.classes), not resnet and c["pool"] == "cls").to(device)
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(probe, 0.05), lr=1e-3, fused=True)
-    one = next(encode(model, data, torch.arange(1), c, place, bad_files, tokens=True))[0]
-    n, cached = len(data), None
-    if n * one[0].numel() * 2 <= STORE:
-        made = ((z.bfloat16(), y) for z, y in encode(model, data, torch.arange(n), c, place, bad_files, True, "tokens"))
-        cached = [torch.cat(x) for x in zip(*made)]
-        n = len(cached[1])
-    total = c["epochs"] * math.ceil(n / BATCH)
-    with tqdm(total=total, desc=f"{c['blocks']} blocks", unit="step", leave=False) as bar:
-        for epoch in range(c["epochs"]):
-            order = torch.randperm(n, generator=seeded(c["seed"], BLOCKS, epoch))
-            batches = ([x[rows] for x in cached] for rows in order.to(device).split(BATCH)) if cached else \
-                encode(model, data, order, c, place, bad_files, tokens=True)
-            for tokens, labels in batches:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(bar.n, total, total // 10, 1e-3)
-                with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-                    scores = probe(tokens.float(), 0 if resnet else 1)
-                loss = F.cross_entropy(scores.float(), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    out, probe = [], probe.eval()
-    for tokens, labels in encode(model, val, torch.arange(len(val)), c, place, bad_files, tokens=True):
-        with torch.no_grad(), torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-            out.append((probe(tokens.float(), 0 if resnet else 1).float(), labels))
-    return tuple(torch.cat(x) for x in zip(*out))
+
+    def batches(of, found, rows):
+        if found[2] is None:
+            return ((t, y) for _, y, t in encode(model, of, rows, c, place, tokens=True))
+        return ((found[2][some], found[1][some]) for some in rows.to(device).split(BATCH))
+
+    def scores_of(tokens):
+        with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
+            return probe(tokens.float(), 0 if resnet else 1).float()
+
+    step, total = 0, c["epochs"] * math.ceil(n / BATCH)
+    for epoch in tqdm(range(c["epochs"]), f"{c['blocks']} blocks", unit="epoch", leave=False):
+        order = torch.randperm(n if train[2] is not None else len(data), generator=seeded(c["seed"], BLOCKS, epoch))
+        for tokens, labels in batches(data, train, order):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, total // 10, 1e-3)
+            optimizer.zero_grad()
+            F.cross_entropy(scores_of(tokens), labels).backward()
+            optimizer.step()
+            step += 1
+    probe.eval()
+    with torch.no_grad():
+        found = [(scores_of(tokens), labels) for tokens, labels in batches(val, test, torch.arange(len(test[1]) if test[2] is not None else len(val)))]
+    return tuple(torch.cat(x) for x in zip(*found))
 
 
 SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
-            epochs="20", out="runs/probe-WEIGHTS-DATA", workers=pretrain.DEVICE_SAYS["workers"])
+            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-SEED]", workers=pretrain.DEVICE_SAYS["workers"])
 COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out", "weights")
 
 
@@ -178,39 +187,45 @@ def accuracy(scores, labels, name):
     return {name: round(100 * hit[:, 0].float().mean().item(), 2), f"{name}_top5": round(100 * hit.any(1).float().mean().item(), 2)}
 
 
+SAME = ("data", "model", "img_size", "patch_size", "relative_positions", "pool", "labels", "seed", "blocks", "epochs")
+
+
 def run(args):
     """One measurement, from the command line's options. Returns the exit code."""
     state, place = finetune.open_weights(args), pretrain.set_up(args.device)
     if place.world > 1:
         raise BadRequest(f"probe.py is one process, and torchrun started {place.world}: start it with python")
+    if args.epochs is not None and (not args.blocks or args.epochs < 1 or args.epochs % 1):
+        raise BadRequest(f"--epochs {args.epochs:g} is for --blocks, and a whole number above 0")
     data, val = finetune.labelled_data(args, place)
     recipe = finetune.recipe_of("small" if finetune.is_small(args.data) else "deit", args.data, args.model)
-    c = dict(vars(args), script="probe")
+    c = dict(vars(args), script="probe", test_crop=None)
     pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
-    pretrain.not_negative(c, "seed", "workers", "epochs")
-    resnet = c["model"] in models.RESNETS
-    c.update(channels=data.channels, epochs=round(c["epochs"] or 20), workers=1 if c["workers"] is None else c["workers"],
-             amp=pretrain.precision(c["amp"], place.device), pool=None if resnet else c["pool"])
-    name = finetune.name_weights(c)
-    c["out"] = c["out"] or os.path.join("runs", f"probe-{name}")
+    resnet, classes = c["model"] in models.RESNETS, len(data.classes)
+    if resnet and args.pool:
+        raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
+    pretrain.not_negative(c, "seed", "workers")
+    c.update(channels=data.channels, epochs=int(c["epochs"] or 20) if c["blocks"] else None, workers=1 if c["workers"] is None else c["workers"],
+             amp=pretrain.precision(c["amp"], place.device), pool=None if resnet else c["pool"], out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
     model, loaded = finetune.load_model(c, state, place)
     model.eval().requires_grad_(False)
+    finetune.make_folder(c)
     print(loaded or "random weights")
-    print(f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {len(data.classes)} classes, measured on {len(val):,}, "
+    print(f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes, measured on {len(val):,}, "
           f"input {c['img_size'][0]}x{c['img_size'][1]}, features: {c['pool'] or 'mean'}", flush=True)
-    bad_files, classes = pretrain.BadFiles(len(data), 1), len(data.classes)
-    (train, labels), (test, truth) = ([torch.cat(x) for x in zip(*encode(model, of, torch.arange(len(of)), c, place, bad_files, note=note))]
-                                      for of, note in ((data, "features"), (val, "features to measure on")))
-    figures = accuracy(knn(train, labels, test, classes), truth, "knn")
+    positions = math.prod(c["img_size"]) // (models.ResNet.stride if resnet else c["patch_size"]) ** 2 + (not resnet)
+    tokens = bool(c["blocks"]) and 2 * (len(data) + len(val)) * positions * model.dim <= STORE
+    train, test = gather(model, data, c, place, "features", tokens), gather(model, val, c, place, "features of val", tokens)
+    figures = accuracy(knn(train[0], train[1], test[0], classes), test[1], "knn")
     print(f"k-NN {figures['knn']}%", flush=True)
-    head = linear_probe(train, labels, classes, resnet, c["seed"])
+    head = linear_probe(train[0], train[1], classes, resnet, c["seed"])
     with torch.no_grad():
-        figures.update(accuracy(head(test), truth, "linear"))
+        figures.update(accuracy(head(test[0]), test[1], "linear"))
     print(f"linear probe {figures['linear']}%", flush=True)
     if c["blocks"]:
-        figures.update(accuracy(*blocks_probe(model, data, val, c, place, bad_files), "nonlinear"))
+        figures.update(accuracy(*blocks_probe(model, data, val, train, test, c, place), "nonlinear"))
         print(f"{c['blocks']} blocks {figures['nonlinear']}%", flush=True)
-    finetune.report(c, dict(figures, images=len(truth)), c["out"])
+    finetune.report(c, dict(figures, images=len(test[1])), SAME)
     return 0
 
 

@@ -6,7 +6,7 @@
 
 vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
-pre-training seeds. What a task costs settles how many images it sees: about 2.5 times as many where the encoder drops 75%
+pre-training seeds. What a task costs settles how many images it sees: 2.7 times as many where the encoder drops 75%
 of the patches. One encoder is at work on each core. A stopped table goes on where it was: every part is a run of its own
 in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md. No setting is tuned to a task: all share one learning rate and batch.
 """
@@ -105,35 +105,43 @@ class Work:
         self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
         self.everyone = list(self.cores)
 
+    @staticmethod
+    def is_of(job, found):
+        """Whether a result is this job's: of as many steps."""
+        asked = job[2][job[2].index("--steps") + 1] if "--steps" in job[2] else None
+        return bool(found) and asked in (None, str(found.get("total_steps", found.get("step"))))
+
     def open(self, of_one):
         """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""
-        todo = [job for job in of_one if job[0] not in self.results]
+        todo = [job for job in of_one if not self.is_of(job, self.results.get(job[0]))]
         first = of_one[0]
-        if todo and first not in todo and first[0].startswith("pretrain") and not result(Path(self.args.out) / first[0]):
+        if todo and first not in todo and first[0].startswith("pretrain") and not self.is_of(first, result(Path(self.args.out) / first[0])):
             todo.insert(0, first)
         return todo
 
     def encoder(self, task, seed):
         with self.lock:
             core = self.cores.pop()
+        if core is not None:
+            os.sched_setaffinity(0, {core})                     # this thread's, so its commands'
         try:
             for job in self.open(jobs(self.args, task, seed)):
-                if self.stopped or not self.one(*job, core):
+                if self.stopped or not self.one(*job):
                     return
         finally:
             self.cores.append(core)
 
-    def one(self, folder, cost, argv, core):
+    def one(self, folder, cost, argv):
         """Run one command, if it has not been; whether it went well."""
-        out, found = Path(self.args.out) / folder, result(Path(self.args.out) / folder)
-        alone = None if core is None else lambda: os.sched_setaffinity(0, {core})
+        out = Path(self.args.out) / folder
+        found = result(out) if self.is_of((folder, cost, argv), result(out)) else None
         ran = not found
         if ran:
             with open(f"{out}.txt", "w") as log:
                 with self.lock:
                     if self.stopped:
                         return False
-                    job = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log, preexec_fn=alone)
+                    job = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log)
                     self.running.add(job)
                 code = job.wait()
                 self.running.discard(job)
@@ -187,14 +195,15 @@ def table(results, data):
     for t in order:
         row = found[t]
         place = (f"{ours.index(t) + 1}", f"{paper.index(t) + 1} ({PAPER[t]})") if t in paper else ("", f"A2: {PAPER[t]}" if t in PAPER else "")
-        lines.append(f"| `{t}` | {len(row['knn'])} | {row['images'][0]:,} | " .replace("`none`", "none") if "images" in row else f"| {t} | {len(row['knn'])} | 0 | ")
+        lines.append(f"| `{t}` | {len(row['knn'])} | {row['images'][0]:,} | " if "images" in row else f"| {t} | {len(row['knn'])} | 0 | ")
         lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(spread(all_of(row, k)) for k in labels), *place]) + " |"
     return "\n".join(lines)
 
 
 def main(argv=None):
     args = options().parse_args(argv)
-    args.out = os.path.abspath(args.out or os.path.join("runs", f"table1-{args.data}"))
+    share = "" if args.share == 1 else f"-{args.share:g}"       # a trial must not be taken for the table
+    args.out = os.path.abspath(args.out or os.path.join("runs", f"table1-{args.data}{share}"))
     args.root = os.path.abspath(args.root)
     unknown = [t for t in args.tasks or [] if t not in (*degrade.TASKS, "none")]
     if unknown:

@@ -78,10 +78,9 @@ def test_lars_steps_by_hand():
 
 
 @pytest.mark.parametrize("name", ["vit_micro", "resnet18"])
-@pytest.mark.parametrize("store", [probe.STORE, 0])
-def test_the_blocks_learn_and_leave_the_backbone_untouched(name, store, monkeypatch):
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_blocks_learn_and_leave_the_backbone_untouched(name, stored, monkeypatch):
     """Weights and batch norm statistics are the same bits; tokens are computed once where they fit, else each epoch."""
-    monkeypatch.setattr(probe, "STORE", store)
     monkeypatch.setattr(probe, "BATCH", 20)
     size = 32 if name == "resnet18" else 16
     torch.manual_seed(0)
@@ -89,11 +88,13 @@ def test_the_blocks_learn_and_leave_the_backbone_untouched(name, store, monkeypa
     before, calls, encode = {k: v.clone() for k, v in model.state_dict().items()}, [], model.encode
     monkeypatch.setattr(model, "encode", lambda images: (calls.append((len(images), torch.is_grad_enabled(), model.training)), encode(images))[1])
     c = settings(model=name, img_size=[size, size], epochs=12 if name == "resnet18" else 6)
-    scores, labels = probe.blocks_probe(model, bright(60), bright(30, seed=1), c, PLACE, pretrain.BadFiles(60, 1))
+    data, val = bright(60), bright(30, seed=1)
+    train, test = (probe.gather(model, of, c, PLACE, "", tokens=stored) for of in (data, val))
+    scores, labels = probe.blocks_probe(model, data, val, train, test, c, PLACE)
     assert (scores.argmax(1) == labels).float().mean() > 0.9
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(grad or training for _, grad, training in calls)
-    assert sum(n for n, _, _ in calls) == 1 + 30 + (60 if store else 60 * c["epochs"])
+    assert sum(n for n, _, _ in calls) == 90 + (0 if stored else 60 * c["epochs"] + 30)
 
 
 def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
@@ -102,7 +103,9 @@ def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
     code, said, complaint = of(probe)
     assert code == 0, complaint
     assert sum(n for n, _ in seen) == 36 + 13 and not any(training for _, training in seen)
+    seen.clear()
     code, said, _ = of(probe, "--blocks", 2, "--epochs", 30)
+    assert sum(n for n, _ in seen) == 36 + 13                   # tokens and features in one pass
     result = json.loads(said.strip().splitlines()[-1])
     assert code == 0 and result["knn"] == result["linear"] == 100 and result["nonlinear"] > 60 and result["images"] == 13 and result["weights"] == "none"
     assert json.loads((tmp_path / "run/result.json").read_text()) == result
@@ -129,7 +132,7 @@ def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path
     for i in range(150):
         shutil.copy(data / "train/class0/00.png", data / f"train/class0/more{i}.png")
     (data / "train/class0/00.png").write_bytes(b"no picture")
-    code, said, complaint = of(probe, data=data)
+    code, said, complaint = of(probe, "--blocks", 2, "--epochs", 1, data=data)
     assert code == 0 and complaint.count("skipped") == 1 and "00.png" in complaint
     for i in range(4):
         (data / f"train/class0/more{i}.png").write_bytes(b"no picture")
@@ -137,10 +140,12 @@ def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path
     assert code == 1 and "more than 1% of 186 images cannot be read" in complaint
 
 
-@pytest.mark.parametrize("flags, says", [(["--labels", 13], "--labels 13: class 0 has only 12"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
-                                         (["--img_size", 18], "not divisible by the patch size 4"), (["--blocks", 3], "--blocks"), (["--seed", -1], "--seed -1")])
+@pytest.mark.parametrize("flags, says", [(["--labels", 13], "--labels 13: class class0 has only 12"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
+                                         (["--img_size", 18], "not divisible by the patch size 4"), (["--blocks", 3], "--blocks"), (["--seed", -1], "--seed -1"),
+                                         (["--seed", -1, "--labels", 2], "--seed -1"), (["--epochs", 3], "--epochs 3 is for --blocks"), (["--blocks", 2, "--epochs", 0], "--epochs 0"),
+                                         (["--model", "resnet18", "--pool", "cls", "--img_size", 32], "--pool cls is a ViT's"), (["--out", "/proc/x"], "--out /proc/x cannot be written to")])
 def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, of):
-    code, _, complaint = of(probe, *flags)
+    code, _, complaint = of(probe, *flags)                      # the last --out counts
     assert code == 2 and says in complaint and len(complaint.strip().splitlines()) == 1
 
 
@@ -187,11 +192,14 @@ def test_a_stopped_table_goes_on_from_what_it_found(tmp_path):
     """Parts that results.json holds are not run again; pre-training is, only where its weights are gone and needed."""
     args = table1.options().parse_args(["--out", str(tmp_path), "--tasks", "mask", "--seeds", "1"])
     everything = table1.jobs(args, "mask", 0)
+    found = lambda argv, off=0: {"step" if argv[0] == "pretrain.py" else "total_steps": int(argv[argv.index("--steps") + 1]) + off} if "--steps" in argv else dict(knn=1.0)
     assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything]
-    (tmp_path / "results.json").write_text(json.dumps({f: {} for f, _, _ in everything[:3]}))
+    (tmp_path / "results.json").write_text(json.dumps({f: found(argv) for f, _, argv in everything[:3]}))
     assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything[:1] + everything[3:]]
-    (tmp_path / "results.json").write_text(json.dumps({f: {} for f, _, _ in everything}))
+    (tmp_path / "results.json").write_text(json.dumps({f: found(argv) for f, _, argv in everything}))
     work = table1.Work(args)
+    (tmp_path / "results.json").write_text(json.dumps({f: found(argv, off=-9) for f, _, argv in everything}))        # of a trial with fewer steps
+    assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything if "probe" not in f]
     assert work.open(everything) == [] and work.finished == work.count == 5 and work.left == 0
 
 

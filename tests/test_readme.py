@@ -126,7 +126,7 @@ def test_the_command_that_measures_torchvisions_weights(labelled, tmp_path):
     done = subprocess.run([*in_this_python(command), "--amp", "off"], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     val = pretrain.FolderSet(str(labelled / "val"), labelled=True)
-    views, labels, _ = next(val.plain(torch.arange(13), 13, (224, 224), 0.95))
+    views, labels, _ = next(val.plain(torch.arange(13), 13, (224, 224), 0.875))
     with torch.no_grad():
         right = (theirs(torchvision.transforms.functional.normalize(views, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))).argmax(1) == labels).sum()
     assert json.loads(done.stdout.strip().splitlines()[-1])["top1"] == round(100 * int(right) / 13, 2)
@@ -155,7 +155,7 @@ def test_every_option_named_is_an_option_and_every_setting_is_named():
 
 def test_the_table_of_tasks_is_degrades():
     """In its order; a task that a reader adds comes after."""
-    rows = re.findall(r"^\| `(\w+)` ?(?:\([a-z()+]+\))? \|", README, re.M)
+    rows = re.findall(r"^\| `(\w+)` ?(?:\([a-z()+]+\))? \|", README.split("## The tasks")[1].split("\n## ")[0], re.M)
     assert len(rows) == 9 and rows == list(degrade.TASKS)[:9]
 
 
