@@ -8,7 +8,8 @@ vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of 
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
 pre-training seeds. What a task costs settles how many images it sees: 2.7 times as many where the encoder drops 75%
 of the patches. One encoder is at work on each core. A stopped table goes on where it was: every part is a run of its own
-in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md. No setting is tuned to a task: all share one learning rate and batch.
+in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md. No
+setting is tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches, A2's mask cells are one patch.
 """
 import argparse
 import concurrent.futures
@@ -65,9 +66,10 @@ def jobs(args, task, seed):
     sizes = ["--model", "vit_micro", "--img_size", str(d["size"]), "--patch_size", "4"]
     weights = "none" if task == "none" else str(out / f"pretrain-{task}-{seed}")
     if task != "none":
-        drops = degrade.task_settings(task)["mask_ratio"] == 0.75
-        n = steps(d["steps"][0 if drops else 1])
-        found.append((f"pretrain-{task}-{seed}", PRETRAIN, ["pretrain.py", "--task", task, *data, *sizes, "--batch_size", "128", "--lr", "3e-3", "--steps", n,
+        setting = degrade.task_settings(task)
+        n = steps(d["steps"][0 if setting["mask_ratio"] == 0.75 else 1])
+        unit = ["--mask_unit", "1"] if d["size"] // 4 % setting["mask_unit"] else []           # 7 patches have no half
+        found.append((f"pretrain-{task}-{seed}", PRETRAIN, ["pretrain.py", "--task", task, *data, *sizes, *unit, "--batch_size", "128", "--lr", "3e-3", "--steps", n,
                                                            "--seed", str(seed), "--save_every", "1000", "--resume"]))
     found.append((f"probe-{task}-{seed}", PROBE, ["probe.py", "--weights", weights, *data, *sizes, "--seed", str(seed)]))
     for k, n in d["labels"].items():

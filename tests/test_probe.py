@@ -169,6 +169,8 @@ def test_the_table_is_made_of_commands_that_the_scripts_take(data):
         for folder, _, argv in table1.jobs(args, task, seed):
             module = dict(pretrain=pretrain, probe=probe, finetune=finetune)[argv[0].removesuffix(".py")]
             got = module.options().parse_args([*argv[1:], "--out", folder])
+            if module is pretrain:
+                pretrain.resolve(got, PLACE, 60000, 1 if data == "fashion_mnist" else 3)       # nothing to refuse
             assert got.data == data and folder.startswith(f"{argv[0].removesuffix('.py')}-{task}-{seed}")
             seeds.add((task, got.seed)) if module is finetune else None
     assert len([s for t, s in seeds if t == "mask"]) == 9       # three draws for each of three seeds, none twice
