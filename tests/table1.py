@@ -152,7 +152,7 @@ class Work:
             if not found:
                 self.stopped = self.stopped or f"{folder} ended with code {code}: look into {out}.txt"
                 return False
-            self.results[folder] = found
+            self.results[folder] = {k: v for k, v in found.items() if k not in ("weights", "compared_with")}       # paths
             pretrain.write_whole(self.file, lambda file: file.write(json.dumps(self.results, indent=0).encode()))
             self.finished, self.left = self.finished + 1, self.left - cost
             self.worked += cost if ran else 0
