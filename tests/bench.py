@@ -1,6 +1,6 @@
 """How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
 
-    python tests/bench.py                most of it, about twelve minutes on 2 CPU cores
+    python tests/bench.py                most of it, about fourteen minutes on 2 CPU cores
     python tests/bench.py step profile   only these: step a2mim finetune profile degrade input processes attention memory compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
@@ -134,10 +134,10 @@ def a2mim():
 def finetuning():
     """Fine-tuning steps by the papers' recipes against the peak, features of a frozen encoder, RandAugment."""
     for label, flags in (("ViT-B/16, deit, batch 32", paper("vit_base")), ("ResNet-50, rsb_a3 at 160, batch 32", paper("resnet50")),
-                         ("small ViT, 32 px, batch 64", ("--model", "vit_micro"))):
+                         ("small ViT, 32 px, batch 64", ("--data", "shapes", "--model", "vit_micro"))):
         batch = 64 if "64" in label else 32
         data = pretrain.MemorySet(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), None, device, [str(i) for i in range(10 if batch == 64 else 1000)])
-        c = finetune.resolve(finetune.options().parse_args(list(flags)), place, data)
+        c = finetune.resolve(finetune.options().parse_args(list(flags)), place, data, 1000)
         model = finetune.load_model(dict(c, channels=3), None, place, len(data.classes))[0]
         optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05, finetune.layer_scale(model, c["layer_decay"])), lr=1e-4, fused=True)
         prepare, loss_of = finetune.step_of(c, model, len(data.classes), device)
