@@ -15,6 +15,7 @@ confusion.png and result.json, one line that is also printed last.
 """
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import models
 import pretrain
@@ -55,7 +57,7 @@ SAYS = dict(
     out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]")
 SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
             "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
-            "smoothing", "rand_augment", "mixup", "cutmix", "loss")
+            "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size", "test_crop")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,13 +174,18 @@ class LAMB(torch.optim.Optimizer):
 # Measuring
 # ---------------------------------------------------------------------------------------------------
 
+def measured_size(c):
+    """[height, width] of what is measured: --test_size, or the training size."""
+    return [c["test_size"]] * 2 if c["test_size"] else c["img_size"]
+
+
 @torch.no_grad()
 def evaluate(model, data, c, place, bad_files):
     """Accuracy over all images of `data`, each counted once however many processes share them: {top1, top5 in %, images},
     and for up to 40 classes the counts (true, predicted), else None. Every process calls it. Failure when more than 1% of
     the files cannot be read.
     """
-    classes, size = len(data.classes), [c["test_size"]] * 2 if c["test_size"] else c["img_size"]
+    classes, size = len(data.classes), measured_size(c)
     small = classes <= 40
     confusion, first, fifth, bad = torch.zeros(classes, classes, dtype=torch.long) if small else None, 0, 0, 0
     rows, training = torch.arange(len(data))[place.rank::place.world], model.training
@@ -229,16 +236,35 @@ def confusion_picture(confusion, classes):
     return picture
 
 
-def make_folder(c):
-    """--out, with config.json in it: before the work, not after. BadRequest when it cannot be, or holds a training run."""
-    if os.path.exists(os.path.join(c["out"], "checkpoint.pt")):
-        raise BadRequest(f"{c['out']} holds a run with its own result: choose another --out")
-    try:
-        os.makedirs(c["out"], exist_ok=True)
-        config = json.dumps({**c, **pretrain.provenance()}, indent=1)
-        pretrain.write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
-    except OSError as error:
-        raise BadRequest(f"--out {c['out']} cannot be written to: {error}")
+def make_folder(c, place):
+    """--out, with config.json in it, by rank 0: before the work, not after. BadRequest for every process when it cannot be, or
+    holds a training run.
+    """
+    trouble = ""
+    if place.rank == 0 and os.path.exists(os.path.join(c["out"], "checkpoint.pt")):
+        trouble = f"{c['out']} holds a run with its own result: choose another --out"
+    elif place.rank == 0:
+        try:
+            os.makedirs(c["out"], exist_ok=True)
+            config = json.dumps({**c, **pretrain.provenance()}, indent=1)
+            pretrain.write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
+        except OSError as error:
+            trouble = f"--out {c['out']} cannot be written to: {error}"
+    if agree([float(bool(trouble))], place)[0]:
+        raise BadRequest(trouble)
+
+
+def baseline(c, figures, settings):
+    """The run from random weights in a neighbouring folder, of the same `settings`, or how to make one."""
+    folder = os.path.dirname(os.path.abspath(c["out"]))
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "result.json"))):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path) as file:            # others' files may hold anything
+            other = json.load(file)
+            if other["weights"] == "none" and other["settings"] == settings:
+                out = os.path.join(os.path.dirname(c["out"]), os.path.basename(os.path.dirname(path)))
+                return dict(weights="none", out=out, **{k: other[k] for k in figures})
+    asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k in ("model", "data", "img_size", "patch_size", "pool", "labels", "seed") for v in [c.get(k)] if v is not None)
+    return dict(weights="none", missing=f"{c['script']}.py --weights none {asked}, and what else this command was given")
 
 
 def report(c, figures, same):
@@ -250,13 +276,7 @@ def report(c, figures, same):
     if same:
         mine["settings"] = hashlib.sha1(json.dumps({k: c[k] for k in same if k != "weights"}, sort_keys=True).encode()).hexdigest()[:8]
     if same and c["weights"] != "none":
-        mine["compared_with"] = dict(weights="none", missing="the same command with --weights none")
-        folder = os.path.dirname(os.path.abspath(out))
-        for name in sorted(os.listdir(folder)):
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name, "result.json")) as file:
-                other = json.load(file)
-                if other["weights"] == "none" and other.get("settings") == mine["settings"]:
-                    mine["compared_with"] = dict(weights="none", out=os.path.join(os.path.dirname(out), name), **{k: other[k] for k in figures})
+        mine["compared_with"] = baseline(c, figures, mine["settings"])
     line = json.dumps(mine)
     try:
         pretrain.write_whole(os.path.join(out, "result.json"), lambda file: file.write(line.encode() + b"\n"))
@@ -292,7 +312,7 @@ def options():
     o("--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="RandAugment's strength, 0 to 10, 0 for none, and its deviation; default: 9 .5 (deit), 7 .5 (rsb_a2), 6 .5 (rsb_a3), 0 0 (small)")
     o("--mixup", type=float, metavar="ALPHA", help="0 for none; default: .8 (deit), .1 (rsb), 0 (small)")
     o("--cutmix", type=float, metavar="ALPHA", help="0 for none; default: 1, 0 (small)")
-    o("--test_size", type=int, metavar="PX", help="measure at this size, a ResNet only; default: 224 (rsb), else the training size")
+    o("--test_size", type=int, metavar="PX", help="measure at this size, a ResNet only; default: 224 (rsb without --img_size), else the training size")
     o("--test_crop", type=float, help="side of the central part that is measured; default: .875 (deit), .95 (rsb), 1 (small)")
     return p
 
@@ -353,7 +373,7 @@ def recipe_of(name, data, model):
     model = model or ("vit_micro" if is_small(data) or name == "small" else "vit_base")
     resnet = model in models.RESNETS
     recipe = dict(RECIPES[name], model=model)
-    if is_small(data):
+    if is_small(data) or name == "small":
         recipe.update(dict(img_size=[64], patch_size=8) if resnet else dict(img_size=[32], patch_size=4), test_size=0)
     if resnet and name == "small":
         recipe.update(layer_decay=1.0, drop_path=0.0)
@@ -365,10 +385,14 @@ def choose_recipe(args, script):
     resnet = args.model in models.RESNETS
     name = args.recipe or ("small" if is_small(args.data) else "rsb_a3" if resnet else "deit")
     if name == "deit" and resnet or name.startswith("rsb") and not resnet:
-        raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s, --model {args.model} is none")
+        raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s: add --model {'vit_base, or another ViT' if resnet else 'resnet50, or another ResNet'}")
+    if resnet and args.relative_positions:
+        raise BadRequest(f"relative positions are a ViT's: {args.model} has no attention")
     if resnet and args.pool:
         raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
     c, recipe = dict(vars(args), recipe=name, script=script), recipe_of(name, args.data, args.model)
+    if c["img_size"] and c["test_size"] is None:
+        c["test_size"] = 0                                      # a size that was asked for is what is measured too
     pretrain.settle(c, recipe)
     if resnet:
         c["pool"] = None
@@ -418,6 +442,11 @@ def load_model(c, state, place, classes=0):
     return models.to_device(model, place.device), report
 
 
+def optimizer_of(c, model):
+    kind = LAMB if c["optimizer"] == "lamb" else functools.partial(torch.optim.AdamW, fused=True)
+    return kind(pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"])), lr=c["actual_lr"], betas=tuple(c["betas"]))
+
+
 def augmentation(c):
     """What a loader does to each image, or None."""
     magnitude, deviation = c["rand_augment"]
@@ -442,12 +471,12 @@ def step_of(c, model, classes, device):
 
 
 TRAINS = ("labels", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop", "resume", "save_every", "optimizer",
-          "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix")
+          "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix", "compile")
 
 
 def measure_only(args, state, place):
     """--eval: measure the classifier in --weights on the val images of --data. Returns the exit code."""
-    given = [name for name in TRAINS if getattr(args, name) is not None]
+    given = [name for name in TRAINS if getattr(args, name) is not None and getattr(args, name) is not False]
     if given:
         raise BadRequest(f"--{given[0]} does nothing with --eval, which only measures")
     c, _ = choose_recipe(args, "eval")
@@ -460,14 +489,14 @@ def measure_only(args, state, place):
     if known != val.classes:
         other = next((a, b) for a, b in zip(known, val.classes) if a != b)
         raise BadRequest(f"--eval: the classes of {c['weights']} are not those of {c['data']}: {other[0]} there is {other[1]} here")
-    c.update(channels=val.channels, workers=1 if c["workers"] is None else c["workers"], amp=pretrain.precision(c["amp"], place.device),
+    c.update(channels=val.channels, workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
              out=c["out"] or os.path.join("runs", folder_name("eval", c)))
     model, loaded = load_model(c, state, place, classes)
     if loaded.missing:
         raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a {c['model']}: its scores would mean nothing")
     if place.rank == 0:
         print(loaded)
-        make_folder(c)
+    make_folder(c, place)
     figures, confusion = evaluate(model, val, c, place, pretrain.BadFiles(len(val), 1))
     if place.rank == 0:
         if confusion is not None:
@@ -491,17 +520,13 @@ def run(args):
         print(loaded)
     if c["model"] in models.VITS:
         model.pos_embed.requires_grad_(True)                    # as in MAE's and BM's fine-tuning
-    groups = pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"]))
-    if c["optimizer"] == "lamb":
-        optimizer = LAMB(groups, lr=c["actual_lr"], betas=tuple(c["betas"]))
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=c["actual_lr"], betas=tuple(c["betas"]), fused=True)
+    optimizer = optimizer_of(c, model)
     scaler = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16")
     start, progress, log = pretrain.begin(c, place, model, optimizer, scaler, SAME_RUN)
     if main:
         few = f" ({c['labels']} a class)" if c["labels"] else ""
         print(f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes{few}, "
-              f"measured on {len(val):,}, input {c['img_size'][0]}x{c['img_size'][1]}")
+              f"input {c['img_size'][0]}x{c['img_size'][1]}, measured on {len(val):,} at {'x'.join(map(str, measured_size(c)))}, the central {c['test_crop']:g}")
         print(pretrain.batch_line(c, len(data)))
         print(f"{c['optimizer']}, layer decay {c['layer_decay']:g}, weight decay {c['weight_decay']:g}, gradient clip {c['clip'] or 'off'}, "
               f"loss {c['loss']}, smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, RandAugment {c['rand_augment'][0]:g} "
@@ -518,6 +543,8 @@ def run(args):
     def measure(step):
         figures, confusion = evaluate(model, val, c, place, bad_files)
         last.update(figures)
+        if main:
+            tqdm.write(f"step {step}: top-1 {figures['top1']}%, top-5 {figures['top5']}%")
         if step > start:                                        # else a finished run is measured again
             log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **figures)
         if main and confusion is not None:

@@ -655,7 +655,8 @@ def load_weights(model, source):
     Position embeddings and relative position tables of another number of patches are resized, from a square image's;
     of the same number they are taken as they are, so weights of 4x6 patches do not suit 6x4. A head of another shape is
     left out, and so is what recovers the image when the weights recover it in another way. ValueError when a backbone
-    parameter has another shape, or when none of the backbone was found.
+    parameter has another shape, or when the blocks are not those of the model, none missing and none left over (a relative
+    position bias may be missing: it is learned from zero).
     """
     state = tensors(read_weights(source) if isinstance(source, (str, os.PathLike)) else source)
     own, resized = model.state_dict(), []
@@ -679,6 +680,12 @@ def load_weights(model, source):
     if not any(n.startswith(("blocks.", "layer")) for n in loaded):
         raise ValueError(f"none of the backbone is in these weights: they have {', '.join(list(state)[:4]) or 'no tensors'} ..., "
                          f"the model {', '.join(list(own)[:4])} ...")
+    missing = [n for n in own if n not in state and n.startswith(("blocks.", "layer")) and "relative_position" not in n]
+    over = [n for n in state if n not in own and n.startswith(("blocks.", "layer"))]
+    if missing or over:
+        biased = " and --relative_positions" if any("relative_position" in n for n in over) else ""
+        raise ValueError(f"the blocks of these weights are not the model's: {len(missing)} missing ({', '.join(missing[:2])}), {len(over)} left over "
+                         f"({', '.join(over[:2])}): choose the --model{biased} the weights were made with")
     model.load_state_dict(state, strict=False)
     return Loaded(loaded, [n for n in own if n not in state], [n for n in state if n not in own] + unused, resized)
 

@@ -101,6 +101,7 @@ def seeded(*key):
 
 CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)        # streams of random numbers that must not meet
 MIX, DROP, LINEAR, BLOCKS = range(100, 104)                     # those of finetune.py and probe.py
+CHOSEN, HIDDEN, PAIRS, CONTEXTS = range(200, 204)               # those of analyze.py
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -513,6 +514,11 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def loaders(workers, place):
+    """--workers resolved: 1 on a CPU, up to 8 with a GPU."""
+    return workers if workers is not None else max(1, min(8, cores() // place.per_node)) if place.device.type == "cuda" else 1
+
+
 AUTOCAST = {"bf16": (torch.bfloat16, True), "fp16": (torch.float16, True), "off": (None, False)}      # dtype, enabled
 
 
@@ -757,8 +763,7 @@ def share_out(c, recipe, place, length, channels, name):
         c["warmup_steps"] = round(c["warmup"] * length / B)
     c["warmup"] = c["warmup_steps"] * B / length
     c["save_every"] = c["save_every"] or max(50, c["total_steps"] // 20)
-    if c["workers"] is None:
-        c["workers"] = max(1, min(8, cores() // place.per_node)) if place.device.type == "cuda" else 1
+    c["workers"] = loaders(c["workers"], place)
     if c["out"] is None and c["resume"] not in (None, "auto"):
         c["out"] = os.path.dirname(os.path.abspath(c["resume"]))
     c["out"] = c["out"] or os.path.join("runs", name)
@@ -844,30 +849,43 @@ def provenance():
 # ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
+def recover(model, view, c, generator):
+    """A view (B, C, *c["view"]) in [0, 1] damaged as in the run of c, and recovered by its model -> the Degraded; the
+    predictions (B, N, p p C), with the mask token and, where one enters inside the encoder, without it (A2 Fig. A3); and the
+    pictures (B, C, *c["view"]) of each. The mean and contrast of normalised patches are borrowed from the view.
+    """
+    size, p = tuple(c["img_size"]), c["patch_size"]
+    d = degrade.degrade(view, c["task"], size, p, generator, **c["settings"])
+    inside, training = c["token_at"] not in ("decoder", "none"), model.training
+    model.eval()
+    with torch.autocast(view.device.type, *AUTOCAST[c["amp"]]):
+        predictions = [model(d.inputs, d.hidden)] + ([model(d.inputs, d.hidden, token=False)] if inside else [])
+    model.train(training)
+    pictures = [losses.recovered_picture(x, model.normalize(d.target), size, p, c["norm_target"]) for x in predictions]
+    return d, predictions, [model.denormalize(x) for x in pictures]
+
+
+def picture_columns(d, pictures, c):
+    """What draw_picture shows of `recover`: columns (B, C, V, V), their titles, and a note or ""."""
+    p, star = c["patch_size"], "*" if c["norm_target"] != "off" else ""
+    shown = [degrade.paste_visible(pictures[0], d, p)] + (pictures if len(pictures) > 1 else [])
+    titles = ["view", "encoder sees", *(t + star for t in ("recovered", "all predicted", "without token"))][:2 + len(shown)]
+    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if star else ""
+    return [d.target, degrade.seen(d, p), *shown], titles, note
+
+
 def draw_picture(model, data, c, device):
     """view | what the encoder sees | recovered, of eight images, two a row: a Pillow picture, or None if the
     prediction is not finite. Where a mask token enters inside the encoder, also | all that is predicted, visible patches
     too | the same without the token (A2 Fig. A3).
     """
-    size, p = tuple(c["img_size"]), c["patch_size"]
     view = data.picture_views(8, tuple(c["view"])).to(device)
     view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
-    d = degrade.degrade(view, c["task"], size, p, seeded(c["seed"], PICTURE), **c["settings"])
-    inside = c["token_at"] not in ("decoder", "none")
-    model.eval()
-    with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-        predictions = [model(d.inputs, d.hidden)] + ([model(d.inputs, d.hidden, token=False)] if inside else [])
-    model.train()
+    d, predictions, pictures = recover(model, view, c, seeded(c["seed"], PICTURE))
     if not predictions[0].isfinite().all():
         return None
-    recovered = [losses.recovered_picture(x, model.normalize(d.target), size, p, c["norm_target"]) for x in predictions]
-    recovered = [model.denormalize(x) for x in recovered]
-    recovered = [degrade.paste_visible(recovered[0], d, p)] + (recovered if inside else [])
-    star = "*" if c["norm_target"] != "off" else ""
-    titles = ["view", "encoder sees", *(t + star for t in ("recovered", "all predicted", "without token"))][:2 + len(recovered)]
-    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if star else ""
-    halves = [x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in (d.target, degrade.seen(d, p), *recovered)]
-    return degrade.sheet(halves, titles * 2, note)
+    columns, titles, note = picture_columns(d, pictures, c)
+    return degrade.sheet([x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in columns], titles * 2, note)
 
 
 def save(step, c, place, model, optimizer, scaler, progress, pictures):

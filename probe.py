@@ -26,11 +26,11 @@ from pretrain import AUTOCAST, BLOCKS, LINEAR, BadRequest, Failure, learning_rat
 BATCH, STORE = 256, 4 * 2 ** 30                                           # images at once; bytes of tokens to keep at most
 
 
-def encode(model, data, rows, c, place, tokens=False, note=""):
+def encode(model, data, rows, c, place, tokens=False, note="", bad_files=None):
     """Yields (features (k, D) float32, labels (k,), None or tokens (k, T, D)) of the images of `rows`, in order, by the frozen
     model. A ResNet's tokens are the positions of its last map. Images that cannot be read are left out.
     """
-    bad_files = pretrain.BadFiles(len(data), 1)
+    bad_files = bad_files or pretrain.BadFiles(len(data), 1)
     parts = data.plain(rows, BATCH, c["img_size"], c["test_crop"], device=place.device, workers=c["workers"])
     for views, labels, unread in tqdm(parts, note, math.ceil(len(rows) / BATCH), leave=False, disable=not note, unit="batch"):
         if bad_files.meet(unread) and len(bad_files.why) > 0.01 * len(data):
@@ -141,10 +141,11 @@ def blocks_probe(model, data, val, train, test, c, place):
     heads = max(1, model.dim // 64) if resnet else models.VITS[c["model"]][0][2]
     probe = BlocksProbe(model.dim, heads, c["blocks"], len(data.classes), not resnet and c["pool"] == "cls").to(device)
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(probe, 0.05), lr=1e-3, fused=True)
+    scaler, bad_files = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16"), pretrain.BadFiles(len(data), 1)
 
     def batches(of, found, rows):
         if found[2] is None:
-            return ((t, y) for _, y, t in encode(model, of, rows, c, place, tokens=True))
+            return ((t, y) for _, y, t in encode(model, of, rows, c, place, tokens=True, bad_files=bad_files))
         return ((found[2][some], found[1][some]) for some in rows.to(device).split(BATCH))
 
     def scores_of(tokens):
@@ -158,8 +159,9 @@ def blocks_probe(model, data, val, train, test, c, place):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, total // 10, 1e-3)
             optimizer.zero_grad()
-            F.cross_entropy(scores_of(tokens), labels).backward()
-            optimizer.step()
+            scaler.scale(F.cross_entropy(scores_of(tokens), labels)).backward()
+            scaler.step(optimizer)
+            scaler.update()
             step += 1
     probe.eval()
     with torch.no_grad():
@@ -198,6 +200,8 @@ def run(args):
     if args.epochs is not None and (not args.blocks or args.epochs < 1 or args.epochs % 1):
         raise BadRequest(f"--epochs {args.epochs:g} is for --blocks, and a whole number above 0")
     data, val = finetune.labelled_data(args, place)
+    if len(data) < 2:
+        raise BadRequest(f"{args.data} has {len(data)} image to fit to: a probe needs two or more")
     recipe = finetune.recipe_of("small" if finetune.is_small(args.data) else "deit", args.data, args.model)
     c = dict(vars(args), script="probe", test_crop=None)
     pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
@@ -205,18 +209,20 @@ def run(args):
     if resnet and args.pool:
         raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
     pretrain.not_negative(c, "seed", "workers")
-    c.update(channels=data.channels, epochs=int(c["epochs"] or 20) if c["blocks"] else None, workers=1 if c["workers"] is None else c["workers"],
+    c.update(channels=data.channels, epochs=int(c["epochs"] or 20) if c["blocks"] else None, workers=pretrain.loaders(c["workers"], place),
              amp=pretrain.precision(c["amp"], place.device), pool=None if resnet else c["pool"], out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
     model, loaded = finetune.load_model(c, state, place)
     model.eval().requires_grad_(False)
-    finetune.make_folder(c)
+    finetune.make_folder(c, place)
     print(loaded or "random weights")
     print(f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes, measured on {len(val):,}, "
           f"input {c['img_size'][0]}x{c['img_size'][1]}, features: {c['pool'] or 'mean'}", flush=True)
     positions = math.prod(c["img_size"]) // (models.ResNet.stride if resnet else c["patch_size"]) ** 2 + (not resnet)
     tokens = bool(c["blocks"]) and 2 * (len(data) + len(val)) * positions * model.dim <= STORE
     train, test = gather(model, data, c, place, "features", tokens), gather(model, val, c, place, "features of val", tokens)
-    figures = accuracy(knn(train[0], train[1], test[0], classes), test[1], "knn")
+    if not (train[0].isfinite().all() and test[0].isfinite().all()):
+        raise Failure("the features are not finite: try --amp off, or other --weights")
+    figures = dict(knn=accuracy(knn(train[0], train[1], test[0], classes), test[1], "knn")["knn"])        # 20 votes name no top five
     print(f"k-NN {figures['knn']}%", flush=True)
     head = linear_probe(train[0], train[1], classes, resnet, c["seed"])
     with torch.no_grad():

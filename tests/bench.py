@@ -139,7 +139,7 @@ def finetuning():
         data = pretrain.MemorySet(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), None, device, [str(i) for i in range(10 if batch == 64 else 1000)])
         c = finetune.resolve(finetune.options().parse_args(list(flags)), place, data, 1000)
         model = finetune.load_model(dict(c, channels=3), None, place, len(data.classes))[0]
-        optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05, finetune.layer_scale(model, c["layer_decay"])), lr=1e-4, fused=True)
+        optimizer = finetune.optimizer_of(c, model)
         prepare, loss_of = finetune.step_of(c, model, len(data.classes), device)
         view, labels = torch.rand(batch, 3, *c["img_size"], device=device), torch.zeros(batch, dtype=torch.long, device=device)
 

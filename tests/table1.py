@@ -8,8 +8,9 @@ vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of 
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
 pre-training seeds. What a task costs settles how many images it sees: 2.7 times as many where the encoder drops 75%
 of the patches. One encoder is at work on each core. A stopped table goes on where it was: every part is a run of its own
-in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md. No
-setting is tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches, A2's mask cells are one patch.
+in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md, what the
+README shows (its results.json is kept as .github/results/table1-DATA.json, and a test compares the two). No setting is
+tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches, A2's mask cells are one patch.
 """
 import argparse
 import concurrent.futures
@@ -62,7 +63,7 @@ def jobs(args, task, seed):
     d, out, found = DATA[args.data], Path(args.out), []
     def steps(n):
         return str(max(1, round(n * args.share)))
-    data = ["--data", args.data, "--root", args.root, "--workers", "0"]
+    data = ["--data", args.data, "--root", args.root, "--workers", "0", "--device", "cpu"]
     sizes = ["--model", "vit_micro", "--img_size", str(d["size"]), "--patch_size", "4"]
     weights = "none" if task == "none" else str(out / f"pretrain-{task}-{seed}")
     if task != "none":
@@ -109,9 +110,10 @@ class Work:
 
     @staticmethod
     def is_of(job, found):
-        """Whether a result is this job's: of as many steps."""
-        asked = job[2][job[2].index("--steps") + 1] if "--steps" in job[2] else None
-        return bool(found) and asked in (None, str(found.get("total_steps", found.get("step"))))
+        """Whether a result is this job's: of as many steps, on the same data."""
+        argv = job[2]
+        asked, data = argv[argv.index("--steps") + 1] if "--steps" in argv else None, argv[argv.index("--data") + 1]
+        return bool(found) and asked in (None, str(found.get("total_steps", found.get("step")))) and found.get("data") in (None, data)
 
     def open(self, of_one):
         """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""

@@ -248,6 +248,32 @@ def test_accuracy_and_confusion_by_hand():
     assert confusion.tolist() == [[1, 0, 0], [1, 2, 0], [0, 1, 0]]
 
 
+class Ranked(torch.nn.Module):
+    """Scores that fall with the class: 0 first, 7 last, for any image."""
+
+    def forward(self, images):
+        return -torch.arange(self.classes, dtype=torch.float32).expand(len(images), -1)
+
+
+@pytest.mark.parametrize("classes", [8, 41])
+def test_top_5_counts_the_fifth_and_not_the_sixth(classes):
+    """True classes 0, 4, 5 and 7 at the places 1, 5, 6 and 8; beyond 40 classes nobody reads a confusion picture."""
+    data = pretrain.MemorySet(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 4, 5, 7]), torch.device("cpu"), [str(i) for i in range(classes)])
+    model = Ranked()
+    model.classes = classes
+    found, confusion = finetune.evaluate(model, data, dict(img_size=[4, 4], test_size=0, test_crop=1.0, workers=0, amp="off"), PLACE, pretrain.BadFiles(4, 1))
+    assert found == dict(top1=25, top5=50, images=4)
+    assert confusion is None if classes > 40 else confusion[:, 0].tolist() == [1, 0, 0, 0, 1, 1, 0, 1]
+
+
+def test_the_rows_of_the_confusion_picture_are_the_true_classes():
+    """All of class 0 taken for class 1: the red cell is in the first row, second column."""
+    picture = finetune.confusion_picture(torch.tensor([[0, 9], [0, 9]]), ["a", "b"])
+    cell, left, top = 34, picture.width - 2 * 34 - 8, 26
+    corner = [[picture.getpixel((left + x * cell + 3, top + y * cell + 3)) for x in (0, 1)] for y in (0, 1)]
+    assert corner[0][1] == (255, 65, 65) and corner[1] == [(255, 255, 255), (50, 100, 255)]
+
+
 @pytest.mark.parametrize("crop, size", [(0.5, [4, 8]), (0.95, [6, 6])])
 def test_what_is_measured_is_the_central_part(crop, size, tmp_path):
     """The largest centred box of the input's proportions, `crop` of it a side, from memory and from a folder alike."""
@@ -340,9 +366,19 @@ def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path):
     shutil.move(tmp_path / "data/val/class2", tmp_path / "data/val/0class")
     for weights, flags, says in ((tmp_path / "mae.pt", ["--model", "vit_micro", "--img_size", 16, "--patch_size", 4, "--data", labelled], "lacks norm.weight, norm.bias"),
                                  (tmp_path / "run", ["--data", tmp_path / "data"], "class0 there is 0class here"), (tmp_path / "run", ["--labels", 2], "--labels does nothing with --eval"),
+                                 (tmp_path / "run", ["--compile"], "--compile does nothing with --eval"),
                                  (tmp_path / "run", ["--out", tmp_path / "run"], "holds a run with its own result")):
         code, said = measured(weights, tmp_path / "eval", *flags)
         assert code == 2 and says in said.strip().splitlines()[-1], said
+    said = measured(tmp_path / "run", tmp_path / "run", processes=2)[1]                        # both leave, none waits
+    assert "exitcode  : 2" in said and "exitcode  : 1" not in said, said
+
+
+def test_a_size_that_is_asked_for_is_what_is_measured(of, tmp_path):
+    """RSB measures at 224 what it trains at 160, but not what someone wants at another size."""
+    code, said, _ = of(finetune, "--model", "resnet18", "--recipe", "rsb_a3", "--img_size", 32, 64, "--patch_size", 8, "--steps", 1)
+    assert code == 0 and "input 32x64, measured on 13 at 32x64, the central 0.95" in said
+    assert json.load(open(tmp_path / "run/config.json"))["test_size"] == 0
 
 
 def test_the_encoder_and_what_it_was_made_with_come_from_the_run(run, labelled, tmp_path, capfd):
@@ -369,7 +405,13 @@ def test_the_result_finds_its_baseline(of, tmp_path):
     other = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", out=tmp_path / "e")[1])
     assert other["compared_with"] == mine["compared_with"]      # not with the run from other weights
     alone = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", "--seed", 5, out=tmp_path / "d")[1])
-    assert "missing" in alone["compared_with"]
+    assert alone["compared_with"]["missing"].startswith("finetune.py --weights none --model vit_micro --data ") and "--img_size 16 16" in alone["compared_with"]["missing"]
+    for name, text in (("x", '{"accuracy": 1}'), ("y", "[1]"), ("z", "half a li"), ("0", '{"weights": "none"}')):       # others' files
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    assert result_of(of(finetune, "--weights", tmp_path / "encoder.pt", out=tmp_path / "f")[1])["compared_with"] == mine["compared_with"]
+    cropped = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", "--test_crop", 0.5, out=tmp_path / "g")[1])
+    assert "missing" in cropped["compared_with"]                # measured otherwise
 
 
 MIXED = ["--mixup", 0.8, "--cutmix", 1, "--drop_path", 0.3, "--rand_augment", 9, 0.5]
@@ -448,7 +490,8 @@ def test_a_bad_image_to_measure_on_is_named_and_left_out(of, labelled, tmp_path)
     (["--labels", 13], "--labels 13: class class0 has only 12 images"), (["--labels", 0], "--labels 0"), (["--layer_decay", 0], "--layer_decay 0"),
     (["--drop_path", 1], "--drop_path 1"), (["--test_crop", 2], "--test_crop 2"), (["--rand_augment", 11, 0], "--rand_augment 11"), (["--mixup", -1], "--mixup -1"), (["--seed", -1, "--labels", 2], "--seed -1"), (["--loss", "bce", "--smoothing", 0.5], "--smoothing 0.5 does nothing"),
     (["--model", "resnet18", "--pool", "cls", "--img_size", 32], "--pool cls is a ViT's"),
-    (["--mixup", 1, "--batch_size", 3], "3 images at once are odd"), (["--recipe", "rsb_a3"], "--recipe rsb_a3 is a ResNet's"), (["--test_size", 32], "--test_size 32 is for a ResNet"),
+    (["--mixup", 1, "--batch_size", 3], "3 images at once are odd"), (["--recipe", "rsb_a3"], "--recipe rsb_a3 is a ResNet's: add --model resnet50"),
+    (["--model", "resnet18", "--img_size", 32, "--relative_positions"], "relative positions are a ViT's"), (["--test_size", 32], "--test_size 32 is for a ResNet"),
     (["--model", "resnet18", "--layer_decay", 0.5, "--img_size", 32], "--layer_decay 0.5"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
 ])
 def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, of):

@@ -137,7 +137,9 @@ def test_loading_leaves_a_head_of_another_shape_out():
 
 @pytest.mark.parametrize("state, says", [
     ({"conv1.weight": torch.zeros(2)}, "none of the backbone"), ({"norm.weight": torch.zeros(32)}, "none of the backbone"),
-    (M.ViT(32, 8, 64, 2, 2).state_dict(), r"\(1, 1, 64\) in the weights and \(1, 1, 32\)")])
+    (M.ViT(32, 8, 64, 2, 2).state_dict(), r"\(1, 1, 64\) in the weights and \(1, 1, 32\)"),
+    (M.ViT(32, 8, 32, 3, 2).state_dict(), r"0 missing \(\), 12 left over \(blocks.2.norm1.weight"), (M.ViT(32, 8, 32, 1, 2).state_dict(), "12 missing"),
+    (M.ViT(32, 8, 32, 2, 2, relative_positions=True).state_dict(), "2 left over .* the --model and --relative_positions")])
 def test_loading_fails_loudly(state, says):
     with pytest.raises(ValueError, match=says):
         M.load_weights(small(), state)

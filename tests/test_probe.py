@@ -1,5 +1,6 @@
 """Probing by its parts and through the real script: BM section 5, A2 section 5.2; and the table of tasks."""
 import json
+import math
 import shutil
 
 import numpy as np
@@ -138,6 +139,22 @@ def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path
         (data / f"train/class0/more{i}.png").write_bytes(b"no picture")
     code, _, complaint = of(probe, data=data)
     assert code == 1 and "more than 1% of 186 images cannot be read" in complaint
+
+
+def test_one_image_is_too_few(of, labelled, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "only").mkdir(parents=True)
+        shutil.copy(sorted((labelled / split / "class0").iterdir())[0], tmp_path / "data" / split / "only")
+    code, _, complaint = of(probe, data=tmp_path / "data")
+    assert code == 2 and "has 1 image to fit to" in complaint
+
+
+def test_features_that_are_not_finite_stop_the_probe(of, tmp_path):
+    model = models.encoder("vit_micro", 16, 4)
+    model.norm.weight.data[3] = math.inf
+    torch.save(model.state_dict(), tmp_path / "broken.pt")
+    code, _, complaint = of(probe, "--weights", tmp_path / "broken.pt")
+    assert code == 1 and "the features are not finite" in complaint
 
 
 @pytest.mark.parametrize("flags, says", [(["--labels", 13], "--labels 13: class class0 has only 12"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
