@@ -1,0 +1,686 @@
+"""Every figure of the two papers, one command each: *Beyond Masking* (BM) Fig. 2, 3, 5, *A2MIM* (A2) sections 3.1 to 3.3,
+Fig. 1, 3, 5, A1 to A3, appendix B.
+
+    python analyze.py reconstruct RUN ...     BM Fig. 3, A2 Fig. 5, A3: view, what the encoder sees, recovered; mean MSE
+    python analyze.py curves RUN ...          BM Fig. 2, 5: loss and accuracy against epochs
+    python analyze.py occlusion RUN ...       A2 Fig. 1 a-d: top-1 against the share of patches dropped
+    python analyze.py interaction RUN ...     A2 Fig. 1 e-h: strength of the interactions of two patches, by order
+    python analyze.py fourier RUN ...         A2 Fig. 3a: high frequencies in the feature maps, by depth
+    python analyze.py variance RUN ...        A2 Fig. 3b: spatial variance of the feature maps, by depth
+
+RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or torchvision's names, or none: random
+weights, for reference. --out gets NAME.json, every number, and NAME.png, all runs on one sheet; curves want matplotlib. On
+two CPU cores and the built-in data each takes seconds to two minutes; --paper takes the papers' sample counts. A stopped
+one is gone on with by --resume. Nothing is random but by --seed, and all runs are shown the same images.
+
+B batch, C channels, H x W pixels, p patch size, N patches, L blocks. visible (k, N) bool: True = the patch is shown.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import degrade
+import finetune
+import losses
+import models
+import pretrain
+import probe
+from pretrain import AUTOCAST, CHOSEN, CONTEXTS, HIDDEN, PAIRS, PICTURE, BadRequest, seeded
+
+# ---------------------------------------------------------------------------------------------------
+# The definitions
+# ---------------------------------------------------------------------------------------------------
+
+RATIOS = (0.0, 0.05, *(r / 10 for r in range(1, 10)), 0.95, 1.0)      # orders m = r (n - 2); occlusion stops before 1
+
+
+def showing(images, visible, p, base):
+    """Patches that are not `visible` (B, N) replaced by the colour `base` (C,): (B, C, H, W)."""
+    pixels = degrade.patch_pixels(visible, p, [side // p for side in images.shape[2:]])
+    return torch.where(pixels, images, base.view(-1, 1, 1))
+
+
+def occlusion(classify, images, labels, p, base, ratios, repeats, generator):
+    """How many images (B, C, H, W) are classified right with a share of their patches dropped (A2 3.1): (ratios, repeats)
+    counts. Each image loses its own patches, the same number; the ratio 0 is measured once.
+
+    # differs from the authors' tool: there all images of a batch lose the same patches.
+    """
+    grid, hits = [side // p for side in images.shape[2:]], torch.zeros(len(ratios), repeats, dtype=torch.long)
+    for (i, ratio), repeat in itertools.product(enumerate(ratios), range(repeats)):
+        if ratio or not repeat:
+            hidden = degrade.random_mask(len(images), grid, ratio, generator=generator).to(images.device)
+            hits[i, repeat] = (classify(showing(images, ~hidden, p, base)).argmax(1) == labels).sum()
+        else:
+            hits[i, repeat] = hits[i, 0]
+    return hits
+
+
+def log_odds(scores, labels):
+    """f of A2 B.2, log p / (1 - p) of the true class: scores (k, classes), labels (k,) -> (k,)."""
+    others = scores.scatter(1, labels[:, None], -math.inf)
+    return scores.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
+
+
+def near_pairs(grid, distance=2):
+    """Every pair of patches at most `distance` rows and columns from each other, each once: (pairs, 2) int64."""
+    row, column = (x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
+    apart = torch.maximum(*((x[:, None] - x).abs() for x in (row, column)))
+    return ((apart > 0) & (apart <= distance)).triu().nonzero()
+
+
+def interactions(f, n, pairs, orders, contexts, generator):
+    """I^(m)(i, j) of n players for each pair (P, 2) and each order m (A2 eq. 1), and its standard error: (P, orders) both.
+
+    f: visible (k, n) bool -> (k,) scores. The mean over `contexts` random sets S of m other players; over all sets, without
+    error, where there are no more of them. The orders share their random numbers: a pair's larger sets hold its smaller ones.
+    """
+    P = len(pairs)
+    order = torch.rand(P, contexts, n, generator=generator)
+    order = order.scatter(2, pairs[:, None].expand(-1, contexts, -1), 2.0).argsort(2).argsort(2)           # i and j come last
+    others = torch.tensor([[x for x in range(n) if x not in pair] for pair in pairs.tolist()])             # (P, n - 2)
+    sets, exact = [], []
+    for m in orders:
+        exact.append(math.comb(n - 2, m) <= contexts)
+        if exact[-1]:
+            every = torch.tensor(list(itertools.combinations(range(n - 2), m)), dtype=torch.long)          # (sets, m)
+            S = torch.zeros(P, len(every), n, dtype=torch.bool).scatter_(2, others[:, every], True)
+        else:
+            S = order < m
+        S = S[:, :, None].repeat(1, 1, 4, 1)                                                   # (P, sets, 4, n)
+        for which, players in enumerate(((0, 1), (0,), (1,), ())):
+            for player in players:                              # S + i + j, S + i, S + j, S
+                S[:, :, which].scatter_(2, pairs[:, None, player:player + 1].expand(-1, S.shape[1], 1), True)
+        sets.append(S.flatten(0, 2))
+    mean, error = torch.zeros(P, len(orders)), torch.zeros(P, len(orders))
+    for i, scores in enumerate(f(torch.cat(sets)).split([len(S) for S in sets])):
+        both, first, second, neither = scores.view(P, -1, 4).unbind(2)
+        difference = both - first - second + neither                                           # (P, sets)
+        mean[:, i] = difference.mean(1)
+        error[:, i] = 0 if exact[i] else difference.std(1) / difference.shape[1] ** 0.5
+    return mean, error
+
+
+def relative_strength(strength):
+    """J^(m) (A2 eq. 2) from the mean |I^(m)| of each image, (images, orders): (orders,), whose mean is one; and its standard
+    error over images, by the jackknife (nan for one image).
+    """
+    strength, n = strength.double(), len(strength)
+    without = strength.sum(0) - strength                        # one image at a time left out
+    each = without / without.mean(1, keepdim=True)
+    error = ((n - 1) / n * (each - each.mean(0)).square().sum(0)).sqrt() if n > 1 else torch.full_like(strength[0], math.nan)
+    return strength.mean(0) / strength.mean(), error
+
+
+def log_amplitude(maps):
+    """Log amplitude of the spectrum of feature maps (B, C, h, w) along its diagonal, from frequency 0 to the highest, less
+    that at 0, averaged over channels (A2 B.3): (B, n + 1), n = min(h, w) // 2. The frequencies are k / n of the highest, which
+    is pi for even sides and pi (h - 1) / h for odd ones. White noise: 0, but +.35 at what is not real (odd sides, the middle).
+
+    # differs from the authors' tool: it leaves out the highest frequency of even sides.
+    """
+    h, w = maps.shape[2:]
+    n = min(h, w) // 2
+    rows, columns = ([round(side // 2 * k / max(n, 1)) for k in range(n + 1)] for side in (h, w))
+    amplitude = torch.fft.fft2(maps.float())[:, :, rows, columns].abs()                        # (B, C, n + 1)
+    amplitude = (amplitude + 1e-6).log().mean(1)
+    return amplitude - amplitude[:, :1]
+
+
+def spatial_variance(maps):
+    """Variance over the positions of feature maps (B, C, h, w), averaged over channels (A2 3.3): (B, 1)."""
+    return maps.float().var((2, 3), correction=0).mean(1, keepdim=True)
+
+
+def feature_maps(model, images, look):
+    """[look(map (B, C, h, w)) of each block's output, first to last]. A ViT's map is its patch tokens on their grid."""
+    found, resnet = [], isinstance(model, models.ResNet)
+    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage] if resnet else model.blocks
+
+    def keep(_, __, z):
+        found.append(look(z if resnet else z[:, 1:].transpose(1, 2).unflatten(2, model.grid)))
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        model.encode(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs, images, results
+# ---------------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """By a signal, after saving."""
+
+
+class Results:
+    """NAME.json in --out: {analysis, settings, runs: {label: numbers}, ...}; while a run is measured also what was found for
+    each part of its images, so that --resume goes on there.
+    """
+
+    def __init__(self, args, settings):
+        self.path, self.signals, self.saved = os.path.join(args.out, f"{args.name}.json"), pretrain.Signals(), time.monotonic()
+        self.all = dict(analysis=args.name, settings=settings, runs={}, parts={}, **pretrain.provenance())
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            if os.path.exists(self.path):
+                with open(self.path) as file:
+                    self._take(json.load(file), args.resume)
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"{self.path} cannot be used: {error}. Choose another --out, or delete it")
+
+    def _take(self, there, resume):
+        if there["settings"] != self.all["settings"] and (resume or there["parts"]):
+            name = next(k for k in {**there["settings"], **self.all["settings"]} if there["settings"].get(k) != self.all["settings"].get(k))
+            raise BadRequest(f"{self.path} was made with {name} {there['settings'].get(name)}, this command asks for {self.all['settings'].get(name)}: "
+                             "give the same, or another --out")
+        if there["parts"] and not resume:
+            raise BadRequest(f"{self.path} is not finished: --resume goes on with it, or delete it")
+        if resume:
+            self.all.update(runs=there["runs"], parts=there["parts"])
+
+    def save(self):
+        pretrain.write_whole(self.path, lambda file: file.write(json.dumps(self.all, indent=1).encode()))
+        self.saved = time.monotonic()
+
+    def done(self, run, numbers):
+        self.all["runs"][run.label] = dict(numbers, weights=run.c["weights"], model=run.c["model"], made=run.made)
+        self.all["parts"].pop(run.label, None)
+        self.save()
+
+    def over_images(self, run, data, rows, chunk, size, look, place):
+        """[look(views, labels, first)] for every `chunk` images of `rows`, what is there already not again."""
+        parts, total = self.all["parts"].setdefault(run.label, []), math.ceil(len(rows) / chunk)
+        bad_files = pretrain.BadFiles(len(data), 1)
+        views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device, workers=run.c["workers"])
+        for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
+            bad_files.meet(unread)
+            with torch.inference_mode():
+                parts.append(None if view is None else look(view, labels, len(parts) * chunk))
+            if self.signals.received or time.monotonic() > self.saved + 20:
+                self.save()
+            if self.signals.received:
+                raise Stopped(self.signals.received)
+        found = [part for part in parts if part is not None]
+        if not found:
+            raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
+        return found
+
+
+class Run(NamedTuple):
+    label: str                          # in legends and results
+    c: dict                             # configuration: model, sizes, precision
+    state: dict | None                  # what its file holds; None: random weights
+    made: float                         # when its file was written, seconds
+
+
+def labels_of(weights):
+    """A short name for each run, of as many of its last folders as tell it from the others."""
+    paths = [os.path.normpath(w).removesuffix(os.sep + "checkpoint.pt").split(os.sep) for w in weights]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise BadRequest(f"{next(w for w in weights if weights.count(w) > 1)} is given twice")
+
+
+def when_written(weights):
+    path = os.path.join(weights, "checkpoint.pt") if os.path.isdir(weights) else weights
+    return os.path.getmtime(path) if os.path.exists(path) else 0.0
+
+
+def open_runs(args, place):
+    """The encoders of args.runs, each with its own model and sizes, on one --data. `none` is like the first other one."""
+    runs, first = {}, None
+    for label, weights in sorted(zip(labels_of(args.runs), args.runs), key=lambda x: x[1] == "none"):
+        own = argparse.Namespace(**{**vars(args), "weights": weights, "recipe": None, "test_size": None, "test_crop": None, "eval": True})
+        if weights == "none" and first:
+            for name in ("data", "root", "model", "img_size", "patch_size", "pool", "relative_positions"):
+                setattr(own, name, first[name])
+        state = finetune.open_weights(own)
+        if args.data is None and first and own.data != first["data"]:
+            raise BadRequest(f"{first['weights']} is of {first['data']}, {weights} of {own.data}: say which images with --data")
+        c, _ = finetune.choose_recipe(own, "analyze")
+        c.update(img_size=finetune.measured_size(c), amp=pretrain.precision(c["amp"], place.device),
+                 workers=pretrain.loaders(c["workers"], place), labels=None)
+        first = first or c
+        runs[label] = Run(label, c, state, when_written(weights))
+    return [runs[label] for label in labels_of(args.runs)]
+
+
+def choose_images(data, count, seed):
+    """`count` rows of a set, all if there are fewer: (n,) int64."""
+    return torch.randperm(len(data), generator=seeded(seed, CHOSEN))[:count].sort().values
+
+
+def mean_colour(data, rows, run, place):
+    """The mean of each channel over up to 1,000 of these images: (C,)."""
+    parts = [views.mean((2, 3)) for views, _, _ in data.plain(rows[:1000], 250, run.c["img_size"], device=place.device) if views is not None]
+    return torch.cat(parts).mean(0)
+
+
+FIT = 10000                                                     # images a linear layer is fitted to, where the run has none
+
+
+def classifier(run, val, args, place):
+    """The run's own classifier of val's classes, or its encoder, frozen, with a linear layer fitted by probe.py to the
+    training images -> module, what it is in words.
+    """
+    c, classes, weights = run.c, len(val.classes), {} if run.state is None else models.tensors(run.state)
+    c["channels"] = val.channels
+    head = weights.get("fc.weight" if c["model"] in models.RESNETS else "head.weight")
+    if head is not None and len(head) == classes and (run.state.get("config") or {}).get("classes", val.classes) == val.classes:
+        model, loaded = finetune.load_model(c, run.state, place, classes)
+        if not loaded.missing:
+            return model.eval(), "its own classifier"
+    model = finetune.load_model(c, run.state, place)[0].eval().requires_grad_(False)
+    train = pretrain.load_data(c, place, "train", labelled=True)
+    if train.classes != val.classes:
+        raise BadRequest(f"the classes of {c['data']}/val are not those of train")
+    train = train if args.paper else train.keep(choose_images(train, FIT, c["seed"]))
+    features, labels, _ = probe.gather(model, train, c, place, f"{run.label}: features")
+    head = probe.linear_probe(features, labels, classes, c["model"] in models.RESNETS, c["seed"])
+    return nn.Sequential(model, head), f"a linear layer on its frozen features, fitted to {len(labels):,} images"
+
+
+def scored(model, amp, device):
+    """images -> the model's scores or features, float32, in that precision."""
+    def score(images):
+        with torch.autocast(device.type, *AUTOCAST[amp]):
+            return model(images).float()
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------
+# The figures
+# ---------------------------------------------------------------------------------------------------
+
+def draw(panels, path):
+    """Curves into a PNG, if matplotlib is there. panels: [{title, x, y, lines: [(label, xs, ys, their errors or None)], more}]."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return print(f"the numbers are all there; for the curves, {path}: pip install matplotlib, then the same command with --resume")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels):
+        for label, x, y, error in panel["lines"]:
+            line, = axis.plot(x, y, label=label, marker="o" if len(x) < 40 else "", markersize=3, linestyle="--" if label == "none" else "-")
+            if error is not None:
+                axis.fill_between(x, [a - b for a, b in zip(y, error)], [a + b for a, b in zip(y, error)], color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], **panel.get("more", {}))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    pretrain.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    pyplot.close(figure)
+    print(f"drawn: {path}")
+
+
+def finish(args, results, panels, says):
+    """Draw, and say what there is to see."""
+    results.save()
+    draw(panels, os.path.join(args.out, f"{args.name}.png"))
+    print(f"{says}\nnumbers: {results.path}")
+
+
+def sums(per_image):
+    """Per-image values, a list over blocks of (B, values) -> JSON: how many, sums, sums of squares."""
+    return dict(n=len(per_image[0]), sum=[x.double().sum(0).tolist() for x in per_image], square=[x.double().square().sum(0).tolist() for x in per_image])
+
+
+def mean_and_error(parts):
+    """What `sums` found of all parts -> two lists over blocks of lists: the mean over images, its standard error."""
+    n = sum(part["n"] for part in parts)
+    total, square = ([torch.tensor(block, dtype=torch.float64).sum(0) for block in zip(*(part[k] for part in parts))] for k in ("sum", "square"))
+    means = [x / n for x in total]
+    errors = [((s / n - m * m).clamp(min=0) / max(n - 1, 1)).sqrt() for s, m in zip(square, means)]
+    return [m.tolist() for m in means], [e.tolist() for e in errors]
+
+
+def of_maps(args, place, look):
+    """What `fourier` and `variance` share: look(map) of every block, over images -> results, [(label, its numbers)]."""
+    runs = open_runs(args, place)
+    data = pretrain.load_data(runs[0].c, place, "val")
+    rows = choose_images(data, args.images or len(data), args.seed)
+    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=runs[0].c["amp"]))
+    for run in runs:
+        if results.all["runs"].get(run.label, {}).get("made") != run.made:
+            run.c["channels"] = data.channels
+            model = finetune.load_model(run.c, run.state, place)[0].eval()
+
+            def measure(views, _, __):
+                with torch.autocast(place.device.type, *AUTOCAST[run.c["amp"]]):
+                    return sums(feature_maps(model, views, look))
+            mean, error = mean_and_error(results.over_images(run, data, rows, 64, run.c["img_size"], measure, place))
+            results.done(run, dict(mean=mean, error=error))
+    return results, [(run.label, results.all["runs"][run.label]) for run in runs]
+
+
+def depths(values):
+    """Normalised depth of each block: 1/L .. 1."""
+    return [(i + 1) / len(values) for i in range(len(values))]
+
+
+def fourier(args, place):
+    results, runs = of_maps(args, place, log_amplitude)
+    last = [(label, [block[-1] for block in r["mean"]], [block[-1] for block in r["error"]]) for label, r in runs]
+    panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks", y=r"$\Delta$ log amplitude, highest frequency less 0",
+                   lines=[(label, depths(high), high, error) for label, high, error in last]),
+              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest", y="log amplitude less that at 0",
+                   lines=[(label, [k / max(1, len(r["mean"][-1]) - 1) for k in range(len(r["mean"][-1]))], r["mean"][-1], r["error"][-1]) for label, r in runs])]
+    finish(args, results, panels, "Lower is smoother: the more negative, the more a block's maps have been low-pass filtered; white noise has 0. A2 found that masked "
+           "modelling and inpainting filter more than contrastive or supervised training (ResNet-50, Fig. 3a). Last block: " +
+           "; ".join(f"{label} {high[-1]:.2f} ± {error[-1]:.2f}" for label, high, error in last) + ". Mean over blocks: " +
+           "; ".join(f"{label} {sum(high) / len(high):.2f}" for label, high, _ in last) + ".")
+
+
+def variance(args, place):
+    results, runs = of_maps(args, place, spatial_variance)
+    lines = [(label, depths(r["mean"]), [block[0] for block in r["mean"]], [block[0] for block in r["error"]]) for label, r in runs]
+    finish(args, results, [dict(title="Variance of the feature maps", x="depth, block / blocks", y="spatial variance, mean over channels", lines=lines, more=dict(yscale="log"))],
+           "How much a block's maps differ from place to place. A2 found that masked modelling lowers it and other pre-training raises it (ResNet-50, Fig. 3b); the "
+           "scale of a network's features counts too, so compare one architecture's curves by their course. First and last block: " +
+           "; ".join(f"{label} {y[0]:.3g}, {y[-1]:.3g}" for label, _, y, _ in lines) + ".")
+
+
+def with_classifiers(args, place, settings):
+    """What `occlusion` and `interaction` share -> runs, val, its rows, results."""
+    runs = open_runs(args, place)
+    val = pretrain.load_data(runs[0].c, place, "val", labelled=True)
+    rows = choose_images(val, args.images or len(val), args.seed)
+    amp = "off" if args.name == "interaction" and args.amp == "auto" else runs[0].c["amp"]
+    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=amp, **settings))
+    for run in runs:
+        run.c["amp"] = amp
+    return runs, val, rows, results
+
+
+def judged(runs):
+    """By what each run was judged, in words."""
+    return "; ".join(f"{label} by {r['classifier']}" for label, r in runs) + "."
+
+
+def occlude(args, place):
+    ratios = RATIOS[:-1]
+    runs, val, rows, results = with_classifiers(args, place, dict(repeats=args.repeats, fill=args.fill))
+    for run in runs:
+        if results.all["runs"].get(run.label, {}).get("made") == run.made:
+            continue
+        model, kind = classifier(run, val, args, place)
+        p, grid = run.c["patch_size"], [side // run.c["patch_size"] for side in run.c["img_size"]]
+        base = mean_colour(val, rows, run, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
+        classify = scored(model, run.c["amp"], place.device)
+
+        def measure(views, labels, first):
+            hits = occlusion(classify, views, labels, p, base, ratios, args.repeats, seeded(args.seed, HIDDEN, first))
+            return dict(n=len(views), hits=hits.tolist())
+        parts = results.over_images(run, val, rows, 128, run.c["img_size"], measure, place)
+        seen = sum(part["n"] for part in parts)
+        top1 = 100 * sum(torch.tensor(part["hits"]) for part in parts) / seen                  # (ratios, repeats)
+        results.done(run, dict(classifier=kind, images=seen, patches=math.prod(grid), dropped=[int(degrade.random_mask(1, grid, r).sum()) for r in ratios],
+                               top1=[row.tolist() for row in top1], mean=top1.mean(1).tolist(),
+                               deviation=top1.std(1).tolist() if args.repeats > 1 else None))
+    found = [(run.label, results.all["runs"][run.label]) for run in runs]
+    lines = [(label, [k / r["patches"] for k in r["dropped"]], r["mean"], r["deviation"]) for label, r in found]
+    half = [min(range(len(x)), key=lambda i: abs(x[i] - 0.5)) for _, x, _, _ in lines]
+    finish(args, results, [dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped", y="top-1 accuracy, %", lines=lines)],
+           "The longer a curve stays up, the less a network needs any one patch. A2 found that masked modelling keeps most of its accuracy up to 80% dropped where "
+           "training from scratch falls at once (Fig. 1 a, c). Nothing dropped and half dropped: " +
+           "; ".join(f"{label} {y[0]:.1f}% and {y[i]:.1f}%, {100 * y[i] / max(y[0], 1e-9):.0f}% of it left" for (label, _, y, _), i in zip(lines, half)) +
+           ". Judged: " + judged(found))
+
+
+BATCH, PIXELS = 512, 2 ** 22                                    # forward passes at once, and pixels in all
+
+
+def interact(args, place):
+    runs, val, rows, results = with_classifiers(args, place, dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance))
+    for run in runs:
+        if results.all["runs"].get(run.label, {}).get("made") == run.made:
+            continue
+        model, kind = classifier(run, val, args, place)
+        p, grid = run.c["patch_size"], [side // run.c["patch_size"] for side in run.c["img_size"]]
+        n, base, near = math.prod(grid), mean_colour(val, rows, run, place), near_pairs(grid, args.distance)
+        if n < 3 or not len(near):
+            raise BadRequest(f"--distance {args.distance}: {grid[0]}x{grid[1]} patches have no such pairs with others about them")
+        at_once = max(1, min(BATCH, PIXELS // math.prod(run.c["img_size"])))
+        orders, classify = sorted({round(r * (n - 2)) for r in RATIOS}), scored(model, run.c["amp"], place.device)
+
+        def measure(views, labels, first):
+            strength = []
+            for i, (image, label) in enumerate(zip(views, labels), first):
+                def f(visible):
+                    return torch.cat([log_odds(classify(showing(image[None], some, p, base)), label.expand(len(some)))
+                                      for some in visible.to(place.device).split(at_once)]).cpu()
+                pairs = near[torch.randperm(len(near), generator=seeded(args.seed, PAIRS, i))[:args.pairs]]
+                I, error = interactions(f, n, pairs, orders, args.contexts, seeded(args.seed, CONTEXTS, i))
+                strength.append([I.abs().mean(0).tolist(), error.mean(0).tolist()])
+            return strength
+        found = torch.tensor(sum(results.over_images(run, val, rows, 1, run.c["img_size"], measure, place), []))           # (images, 2, orders)
+        J, error = relative_strength(found[:, 0])
+        results.done(run, dict(classifier=kind, images=len(found), players=n, orders=orders, J=J.tolist(), J_error=error.tolist(),
+                               strength=found[:, 0].mean(0).tolist(), context_error=found[:, 1].mean(0).tolist(), strength_of_image=found[:, 0].tolist()))
+    found = [(run.label, results.all["runs"][run.label]) for run in runs]
+    lines = [(label, [m / (r["players"] - 2) for m in r["orders"]], r["J"], r["J_error"]) for label, r in found]
+
+    def share(x, J):                                            # of the strength, that of orders from .05 to .5
+        return 100 * sum(j for a, j in zip(x, J) if 0.04 < a < 0.54) / sum(J)
+    noise = {label: 100 * max(e / max(s, 1e-12) for e, s in zip(r["context_error"], r["strength"])) for label, r in found}
+    finish(args, results, [dict(title="Strength of interactions", x="order m / (n - 2), patches about the pair", y=r"$J^{(m)}$, relative to the mean over orders", lines=lines, more=dict(ylim=(0, None)))],
+           "Where a curve is high, the answer depends on two patches together when that share of the others is shown; networks are strong at both ends. A2 found "
+           "that masked modelling strengthens the middle, .05 to .5 (Fig. 1 e, g). Share of all strength in these orders: " +
+           "; ".join(f"{label} {share(x, J):.0f}%" for label, x, J, _ in lines) + f". With {args.contexts} contexts a pair's value has a standard error of up to " +
+           "; ".join(f"{noise[label]:.0f}% ({label})" for label, _ in found) + " of the strength, which lifts the orders between the ends: more --contexts lower it. Judged: " + judged(found))
+
+
+def recovery_of(args, weights, place):
+    """How the images of a run of pretrain.py are damaged and recovered -> its configuration, its file. For an MAE file, which
+    says nothing of it: by --task and its like.
+    """
+    asked = [name for name in RECOVERY if getattr(args, name) is not None]
+    try:
+        state = models.read_weights(weights)
+    except ValueError as error:
+        raise BadRequest(str(error))
+    config = state.get("config")
+    if isinstance(config, dict) and "settings" in config:
+        if asked:
+            raise BadRequest(f"--{asked[0]} is for a file of weights alone: {weights} says itself how it was made")
+        c = dict(config, **{name: getattr(args, name) for name in ("data", "root") if getattr(args, name)})
+    elif isinstance(config, dict):
+        raise BadRequest(f"{weights} recovers no image: give the run of pretrain.py it began with")
+    else:
+        values = [[f"--{name}", *map(str, v if isinstance(v, list) else [v])] for name in ("data", "root", *RECOVERY) for v in [getattr(args, name)] if v is not None]
+        own = pretrain.options().parse_args(["--task", "mask", *sum(values, [])])
+        channels = pretrain.load_data(dict(vars(own), download=args.download), place, "val").channels
+        c = pretrain.resolve(own, place, 1, channels)
+    return dict(c, download=args.download, weights=weights, test_crop=1.0, amp=pretrain.precision(args.amp, place.device),
+                workers=pretrain.loaders(args.workers, place)), state
+
+
+def recovery_model(c, state, place):
+    """The model of pretrain.py with its decoder or head, in eval(). BadRequest when the file has none."""
+    torch.manual_seed(c["seed"])
+    try:
+        model = pretrain.build(c)
+        missing = models.load_weights(model, state).missing
+    except ValueError as error:
+        raise BadRequest(f"{c['weights']}: {error}")
+    lacking = [name for name in missing if name.startswith("decoder_pred")]
+    if lacking:
+        raise BadRequest(f"{c['weights']} recovers no image, it lacks {lacking[0]}: give a run of pretrain.py, or a whole MAE file")
+    return models.to_device(model, place.device).eval()
+
+
+def reconstruct(args, place):
+    """BM Fig. 3, A2 Fig. 5, A3. The mean squared error is that of the loss: of the pixels the task asks for, normalised as its
+    targets are; beside it that of the pictures shown, of all pixels in [0, 1].
+    """
+    results, sheets, says = Results(args, dict(images=args.images, seed=args.seed, data=args.data)), [], []
+    for label, weights in zip(labels_of(args.runs), args.runs):
+        c, state = recovery_of(args, weights, place)
+        data, model = pretrain.load_data(c, place, "val"), recovery_model(c, state, place)
+        if data.channels != c["channels"]:
+            raise BadRequest(f"{weights} recovers images of {c['channels']} channels, those of {c['data']} have {data.channels}: choose another --data")
+        run, rows, size, p = Run(label, c, state, when_written(weights)), choose_images(data, args.images, args.seed), tuple(c["img_size"]), c["patch_size"]
+
+        def measure(views, _, first):
+            d, predictions, pictures = pretrain.recover(model, views, c, seeded(args.seed, PICTURE, first))
+            if not first:
+                columns, titles, note = pretrain.picture_columns(d, pictures, c)
+                sheets.append((label, [x[:args.rows] for x in columns], titles, note))
+            loss = dict(pretrain.the_loss(c), loss="mse", freq_weight=0.0)
+            mse = [losses.recovery_loss(x, model.normalize(d.target), size, p, d.counted, **loss) for x in predictions]
+            shown = [(degrade.paste_visible(x, d, p).clamp(0, 1) - d.target).square().mean() for x in pictures]
+            return dict(n=len(views), mse=[float(x) for x in mse], shown=[float(x) for x in shown])
+        parts = results.over_images(run, data, rows, 50, tuple(c["view"]), measure, place)
+        n = sum(part["n"] for part in parts)
+        mse, shown = ([sum(part["n"] * part[k][i] for part in parts) / n for i in range(len(parts[0][k]))] for k in ("mse", "shown"))
+        kind = "plain" if c["norm_target"] == "off" else f"normalised per {c['norm_target']}"
+        results.done(run, dict(task=c["task"], images=n, pixels=kind, mse=mse[0], mse_without_token=(mse + [None])[1],
+                               mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=kind != "plain"))
+        says.append(f"{label} {mse[0]:.4f}, {kind}" + (f" (without the mask token {mse[1]:.4f})" if mse[1:] else "") + f", of the pictures shown {shown[0]:.4f}")
+    path = os.path.join(args.out, "reconstruct.png")
+    picture = stacked([degrade.sheet(columns, [f"{label}: {titles[0]}" if len(sheets) > 1 else titles[0], *titles[1:]], note) for label, columns, titles, note in sheets])
+    pretrain.write_whole(path, lambda file: picture.save(file, format="PNG"))
+    print(f"drawn: {path}\nWhat a task asks for shows in what is blurred. BM found that how well an image is recovered says little of the features: distort and zoom_in have "
+          f"the larger errors, decolor the smallest, and pay the other way round (Fig. 3). Mean squared error over {args.images} images of val, {'; '.join(says)}. Errors of "
+          f"tasks that normalise or hide differently do not compare.\nnumbers: {results.path}")
+
+
+def stacked(pictures):
+    """Pillow pictures below one another."""
+    from PIL import Image
+    page = Image.new("RGB", (max(x.width for x in pictures), sum(x.height for x in pictures)), "white")
+    for i, x in enumerate(pictures):
+        page.paste(x, (0, sum(above.height for above in pictures[:i])))
+    return page
+
+
+def log_of(folder):
+    """The lines of a run's log.jsonl and its config.json. BadRequest when there is none."""
+    try:
+        with open(os.path.join(folder, "log.jsonl")) as log, open(os.path.join(folder, "config.json")) as config:
+            return [json.loads(line) for line in log if line.endswith("\n")], json.load(config)
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"curves takes folders of pretrain.py and finetune.py, and {folder} is none: {error}")
+
+
+def curves(args, _):
+    """BM Fig. 2: loss against epochs; of fine-tuned runs the accuracy too; and BM Fig. 5: their last accuracy against the
+    epochs of pre-training behind it.
+    """
+    found, paid = {}, []
+    for label, folder in zip(labels_of(args.runs), args.runs):
+        lines, config = log_of(folder)
+        curve = {k: [[line["epoch"], line[k]] for line in lines if k in line] for k in ("loss", "top1")}
+        if not curve["loss"]:
+            raise BadRequest(f"{folder} has no lines in its log yet")
+        found[label] = dict(curve, task=config.get("task"), weights=config["weights"])
+        before = 0.0 if config["weights"] == "none" else None
+        if curve["top1"] and before is None and os.path.isdir(config["weights"]):
+            earlier = log_of(config["weights"])[1]
+            before = earlier["total_steps"] * earlier["batch_size"] / earlier["images"]
+        if curve["top1"] and before is not None:
+            paid.append((before, curve["top1"][-1][1], label))
+            found[label]["pretraining_epochs"] = before
+    results = Results(args, {})
+    results.all["runs"] = found
+    panels = [dict(title=title, x="epochs", y=y, lines=[(label, *zip(*run[k]), None) for label, run in found.items() if run[k]])
+              for k, title, y in (("loss", "Training loss", "loss, each task's own"), ("top1", "Accuracy while fine-tuning", "top-1 accuracy, %"))]
+    if len(paid) > 1:
+        paid = sorted(paid)
+        panels.append(dict(title="What pre-training pays", x="epochs of pre-training", y="top-1 after fine-tuning, %", lines=[("these runs", *zip(*((x, y) for x, y, _ in paid)), None)]))
+    last = "; ".join(f"{label} {run['loss'][0][1]:.3f} to {run['loss'][-1][1]:.3f}" + (f", top-1 {run['top1'][-1][1]:.1f}%" if run["top1"] else "") for label, run in found.items())
+    finish(args, results, [panel for panel in panels if panel["lines"]], "Losses of different tasks are different quantities: their course compares, their height does not. BM found "
+           f"that the height does not tell which task pays (Fig. 2), and that 50 epochs of zoom_in_mask already pay (Fig. 5). From first to last: {last}.")
+
+
+# ---------------------------------------------------------------------------------------------------
+# python analyze.py
+# ---------------------------------------------------------------------------------------------------
+
+RECOVERY = ("task", "model", "img_size", "patch_size", "decoder", "norm_target")              # of a file of weights alone
+#                what it does                                                      images: default, with --paper (0: all); does --resume
+NAMES = {
+    "reconstruct": (reconstruct, "pictures recovered and their mean squared error", 100, None),
+    "curves": (curves, "loss and accuracy against epochs", None, None),
+    "occlusion": (occlude, "top-1 against the share of patches dropped", 1000, 0),
+    "interaction": (interact, "strength of interactions by order", 24, 500),
+    "fourier": (fourier, "high frequencies in the feature maps by depth", 256, 0),
+    "variance": (variance, "spatial variance of the feature maps by depth", 256, 0),
+}
+PAPER = dict(repeats=5, pairs=50, contexts=50)                  # A2 3.1; the code of A2's reference [12]
+
+
+def options():
+    p = pretrain.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    names = p.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, (_, about, images, paper) in NAMES.items():
+        q = names.add_parser(name, help=about, description=about, allow_abbrev=False)
+        q.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder" + ("" if name == "curves" else ", or a file of weights" + ("" if name == "reconstruct" else ", or none")))
+        q.add_argument("--out", default=os.path.join("runs", "analyze"), metavar="DIR", help="default: runs/analyze")
+        if name == "curves":
+            q.set_defaults(resume=False)
+            continue
+        says = dict(finetune.SAYS, workers=pretrain.DEVICE_SAYS["workers"], data="that of the first run", root="that of the first run, or data")
+        pretrain.common_options(q, says, ("data", "root", "download", "model", "img_size", "patch_size", "seed", "device", "amp", "workers"))
+        q.set_defaults(data=None, root=None)
+        q.add_argument("--images", type=int, default=images, help=f"of val, chosen by --seed; default: {images}")
+        if name == "reconstruct":
+            q.set_defaults(resume=False)
+            q.add_argument("--task", choices=degrade.TASKS, help="of a file of weights alone; default: mask")
+            q.add_argument("--decoder", metavar="DEPTHxWIDTHxHEADS", help="of a file of weights alone; MAE's is 8x512x16")
+            q.add_argument("--norm_target", choices=("patch", "channel", "off"), help="of a file of weights alone; default: the task's")
+            q.add_argument("--rows", type=int, default=4, help="images shown of each run; default: 4")
+            continue
+        finetune.weights_options(q)
+        q.add_argument("--resume", action="store_true", help="go on with the results in --out, if they are there")
+        q.add_argument("--paper", action="store_true", help="the paper's counts: " + {"interaction": "500 images, 50 pairs, 50 contexts", "occlusion": "all images, 5 repeats"}.get(name, "all images"))
+        if name == "occlusion":
+            q.add_argument("--repeats", type=int, default=5, help="draws of the dropped patches; default: 5")
+            q.add_argument("--fill", choices=("black", "mean"), default="black", help="what dropped patches hold: black, as the tool that A2 used, or the data's mean colour; default: black")
+        if name == "interaction":
+            q.add_argument("--pairs", type=int, default=12, help="of each image; default: 12")
+            q.add_argument("--contexts", type=int, default=12, help="sets S of each pair and order; default: 12")
+            q.add_argument("--distance", type=int, default=2, help="rows and columns between the two patches at most; default: 2")
+    return p
+
+
+def run(args):
+    """One analysis, from the command line's options. Returns the exit code."""
+    if args.name != "curves":
+        if vars(args).get("paper"):
+            args.images = NAMES[args.name][3]
+            vars(args).update((k, v) for k, v in PAPER.items() if hasattr(args, k))
+        for name in ("images", "rows", "repeats", "pairs", "contexts", "distance"):
+            if getattr(args, name, 1) < (name == "images" and not vars(args).get("paper") or name != "images"):
+                raise BadRequest(f"--{name} {getattr(args, name)} must be more than 0")
+        pretrain.not_negative(vars(args), "seed", "workers")
+    place = pretrain.set_up(getattr(args, "device", "cpu"))
+    if place.world > 1:
+        raise BadRequest(f"analyze.py is one process, and torchrun started {place.world}: start it with python")
+    try:
+        NAMES[args.name][0](args, place)
+    except Stopped as stopped:
+        print(pretrain.stopped(128 + stopped.args[0]))
+        return 128 + stopped.args[0]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(pretrain.command(run, options))
