@@ -402,10 +402,10 @@ def with_classifiers(args, place, settings):
     runs = open_runs(args, place)
     val = pretrain.load_data(runs[0].c, place, "val", labelled=True)
     rows = choose_images(val, args.images or len(val), args.seed)
-    amp = "off" if args.name == "interaction" and args.amp == "auto" else runs[0].c["amp"]
-    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=amp, **settings))
-    for run in runs:
-        run.c["amp"] = amp
+    if args.name == "interaction" and args.amp == "auto":       # a difference of four scores: where it is small, bf16 rounds it away
+        for run in runs:
+            run.c["amp"] = "off"
+    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=runs[0].c["amp"], **settings))
     return runs, val, rows, results
 
 
@@ -444,7 +444,9 @@ def occlude(args, place):
            ". Judged: " + judged(found))
 
 
-BATCH, PIXELS = 512, 2 ** 22                                    # forward passes at once, and pixels in all
+def at_once(size):
+    """How many forward passes of images (h, w) go together: 512, or 4 million pixels."""
+    return max(1, min(512, 2 ** 22 // math.prod(size)))
 
 
 def interact(args, place):
@@ -457,7 +459,6 @@ def interact(args, place):
         n, base, near = math.prod(grid), mean_colour(val, rows, run, place), near_pairs(grid, args.distance)
         if n < 3 or not len(near):
             raise BadRequest(f"--distance {args.distance}: {grid[0]}x{grid[1]} patches have no such pairs with others about them")
-        at_once = max(1, min(BATCH, PIXELS // math.prod(run.c["img_size"])))
         orders, classify = sorted({round(r * (n - 2)) for r in RATIOS}), scored(model, run.c["amp"], place.device)
 
         def measure(views, labels, first):
@@ -465,7 +466,7 @@ def interact(args, place):
             for i, (image, label) in enumerate(zip(views, labels), first):
                 def f(visible):
                     return torch.cat([log_odds(classify(showing(image[None], some, p, base)), label.expand(len(some)))
-                                      for some in visible.to(place.device).split(at_once)]).cpu()
+                                      for some in visible.to(place.device).split(at_once(run.c["img_size"]))]).cpu()
                 pairs = near[torch.randperm(len(near), generator=seeded(args.seed, PAIRS, i))[:args.pairs]]
                 I, error = interactions(f, n, pairs, orders, args.contexts, seeded(args.seed, CONTEXTS, i))
                 strength.append([I.abs().mean(0).tolist(), error.mean(0).tolist()])
@@ -542,7 +543,8 @@ def reconstruct(args, place):
             d, predictions, pictures = pretrain.recover(model, views, c, seeded(args.seed, PICTURE, first))
             if not first:
                 columns, titles, note = pretrain.picture_columns(d, pictures, c)
-                sheets.append((label, [x[:args.rows] for x in columns], titles, note))
+                rows = [slice(a, a + args.rows // 2) for a in (0, args.rows // 2)] if args.rows > 1 else [slice(1)]
+                sheets.append((label, [x[some] for some in rows for x in columns], titles * len(rows), note))
             loss = dict(pretrain.the_loss(c), loss="mse", freq_weight=0.0)
             mse = [losses.recovery_loss(x, model.normalize(d.target), size, p, d.counted, **loss) for x in predictions]
             shown = [(degrade.paste_visible(x, d, p).clamp(0, 1) - d.target).square().mean() for x in pictures]
@@ -555,11 +557,21 @@ def reconstruct(args, place):
                                mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=kind != "plain"))
         says.append(f"{label} {mse[0]:.4f}, {kind}" + (f" (without the mask token {mse[1]:.4f})" if mse[1:] else "") + f", of the pictures shown {shown[0]:.4f}")
     path = os.path.join(args.out, "reconstruct.png")
-    picture = stacked([degrade.sheet(columns, [f"{label}: {titles[0]}" if len(sheets) > 1 else titles[0], *titles[1:]], note) for label, columns, titles, note in sheets])
+    picture = stacked([picture for label, columns, titles, note in sheets for picture in
+                       (heading(f"{label}: mean squared error {results.all['runs'][label]['mse']:.4f}"), degrade.sheet(columns, titles, note))])
     pretrain.write_whole(path, lambda file: picture.save(file, format="PNG"))
     print(f"drawn: {path}\nWhat a task asks for shows in what is blurred. BM found that how well an image is recovered says little of the features: distort and zoom_in have "
           f"the larger errors, decolor the smallest, and pay the other way round (Fig. 3). Mean squared error over {args.images} images of val, {'; '.join(says)}. Errors of "
           f"tasks that normalise or hide differently do not compare.\nnumbers: {results.path}")
+
+
+def heading(text):
+    """A line of text as a Pillow picture."""
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(14)
+    line = Image.new("RGB", (12 + round(font.getlength(text)), 26), "white")
+    ImageDraw.Draw(line).text((6, 6), text, "black", font)
+    return line
 
 
 def stacked(pictures):
@@ -584,27 +596,26 @@ def curves(args, _):
     """BM Fig. 2: loss against epochs; of fine-tuned runs the accuracy too; and BM Fig. 5: their last accuracy against the
     epochs of pre-training behind it.
     """
-    found, paid = {}, []
+    found, paid = {}, {}
     for label, folder in zip(labels_of(args.runs), args.runs):
         lines, config = log_of(folder)
         curve = {k: [[line["epoch"], line[k]] for line in lines if k in line] for k in ("loss", "top1")}
         if not curve["loss"]:
             raise BadRequest(f"{folder} has no lines in its log yet")
         found[label] = dict(curve, task=config.get("task"), weights=config["weights"])
-        before = 0.0 if config["weights"] == "none" else None
-        if curve["top1"] and before is None and os.path.isdir(config["weights"]):
+        if curve["top1"] and config["weights"] == "none":
+            found[label].update(pretraining="none", pretraining_epochs=0.0)
+        elif curve["top1"] and os.path.isdir(config["weights"]):
             earlier = log_of(config["weights"])[1]
-            before = earlier["total_steps"] * earlier["batch_size"] / earlier["images"]
-        if curve["top1"] and before is not None:
-            paid.append((before, curve["top1"][-1][1], label))
-            found[label]["pretraining_epochs"] = before
+            found[label].update(pretraining=earlier.get("task"), pretraining_epochs=earlier["total_steps"] * earlier["batch_size"] / earlier["images"])
+        if "pretraining" in found[label]:
+            paid.setdefault(found[label]["pretraining"], []).append((found[label]["pretraining_epochs"], curve["top1"][-1][1]))
     results = Results(args, {})
     results.all["runs"] = found
     panels = [dict(title=title, x="epochs", y=y, lines=[(label, *zip(*run[k]), None) for label, run in found.items() if run[k]])
               for k, title, y in (("loss", "Training loss", "loss, each task's own"), ("top1", "Accuracy while fine-tuning", "top-1 accuracy, %"))]
-    if len(paid) > 1:
-        paid = sorted(paid)
-        panels.append(dict(title="What pre-training pays", x="epochs of pre-training", y="top-1 after fine-tuning, %", lines=[("these runs", *zip(*((x, y) for x, y, _ in paid)), None)]))
+    panels.append(dict(title="What pre-training pays", x="epochs of pre-training", y="top-1 after fine-tuning, %",
+                       lines=[(task, *zip(*sorted(points)), None) for task, points in paid.items()]))
     last = "; ".join(f"{label} {run['loss'][0][1]:.3f} to {run['loss'][-1][1]:.3f}" + (f", top-1 {run['top1'][-1][1]:.1f}%" if run["top1"] else "") for label, run in found.items())
     finish(args, results, [panel for panel in panels if panel["lines"]], "Losses of different tasks are different quantities: their course compares, their height does not. BM found "
            f"that the height does not tell which task pays (Fig. 2), and that 50 epochs of zoom_in_mask already pay (Fig. 5). From first to last: {last}.")
@@ -620,7 +631,7 @@ NAMES = {
     "reconstruct": (reconstruct, "pictures recovered and their mean squared error", 100, None),
     "curves": (curves, "loss and accuracy against epochs", None, None),
     "occlusion": (occlude, "top-1 against the share of patches dropped", 1000, 0),
-    "interaction": (interact, "strength of interactions by order", 24, 500),
+    "interaction": (interact, "strength of interactions by order", 16, 500),
     "fourier": (fourier, "high frequencies in the feature maps by depth", 256, 0),
     "variance": (variance, "spatial variance of the feature maps by depth", 256, 0),
 }
@@ -646,7 +657,7 @@ def options():
             q.add_argument("--task", choices=degrade.TASKS, help="of a file of weights alone; default: mask")
             q.add_argument("--decoder", metavar="DEPTHxWIDTHxHEADS", help="of a file of weights alone; MAE's is 8x512x16")
             q.add_argument("--norm_target", choices=("patch", "channel", "off"), help="of a file of weights alone; default: the task's")
-            q.add_argument("--rows", type=int, default=4, help="images shown of each run; default: 4")
+            q.add_argument("--rows", type=int, default=8, metavar="N", help="images shown of each run, two a row; default: 8")
             continue
         finetune.weights_options(q)
         q.add_argument("--resume", action="store_true", help="go on with the results in --out, if they are there")
@@ -655,8 +666,8 @@ def options():
             q.add_argument("--repeats", type=int, default=5, help="draws of the dropped patches; default: 5")
             q.add_argument("--fill", choices=("black", "mean"), default="black", help="what dropped patches hold: black, as the tool that A2 used, or the data's mean colour; default: black")
         if name == "interaction":
-            q.add_argument("--pairs", type=int, default=12, help="of each image; default: 12")
-            q.add_argument("--contexts", type=int, default=12, help="sets S of each pair and order; default: 12")
+            q.add_argument("--pairs", type=int, default=8, help="of each image; default: 8")
+            q.add_argument("--contexts", type=int, default=6, help="sets S of each pair and order; default: 6")
             q.add_argument("--distance", type=int, default=2, help="rows and columns between the two patches at most; default: 2")
     return p
 

@@ -1,7 +1,7 @@
 """How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
 
     python tests/bench.py                most of it, about fourteen minutes on 2 CPU cores
-    python tests/bench.py step profile   only these: step a2mim finetune profile degrade input processes attention memory compile
+    python tests/bench.py step profile   only these: step a2mim finetune analyze profile degrade input processes attention memory compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
 FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+import analyze
 import degrade
 import finetune
 import losses
@@ -159,6 +160,33 @@ def finetuning():
     report("RandAugment at 224, one image at a time", [20 / s for s in clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5) for i in range(20)], 5)], "images/s")
 
 
+def analyses():
+    """Forward passes of the interactions against the peak, lower precision beside float32; the passes of the feature maps."""
+    for label, name, size, p in (("ViT-S/16 at 224", "vit_small", 224, 16), ("ResNet-50 at 224", "resnet50", 224, 16), ("small ViT, 32 px", "vit_micro", 32, 4)):
+        model = models.to_device(models.encoder(name, size, p, num_classes=10, pool="mean").eval(), device)
+        image, n, at_once = torch.rand(1, 3, size, size, device=device), (size // p) ** 2, analyze.at_once([size, size])
+        base, label_of, near = torch.full((3,), 0.5, device=device), torch.zeros(1, dtype=torch.long, device=device), analyze.near_pairs((size // p, size // p))
+        pairs, passes = near[:2 if size > 32 else 8], []
+
+        def interactions(precision):
+            classify = analyze.scored(model, precision, device)
+
+            def f(visible):
+                passes.append(len(visible))
+                return torch.cat([analyze.log_odds(classify(analyze.showing(image, some, p, base)), label_of.expand(len(some))) for some in visible.to(device).split(at_once)]).cpu()
+            with torch.inference_mode():
+                analyze.interactions(f, n, pairs, [0, n // 2, n - 2], 10 if size > 32 else 60, pretrain.seeded(0))
+        interactions(amp)
+        forward = models.flops(model, image)
+        compare(f"interaction: {label}", (lambda: interactions(amp), passes[0], forward), (lambda: interactions("off"), passes[0], forward), f"float32 / {amp}, time", 5)
+        views = torch.rand(16 if size > 32 else 64, 3, size, size, device=device)
+
+        def maps(look):
+            with torch.inference_mode(), torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
+                analyze.feature_maps(model, views, look)
+        compare(f"fourier: {label}", (lambda: maps(analyze.log_amplitude), len(views), forward), (lambda: maps(analyze.spatial_variance), len(views), forward), "variance / fourier, time", 5)
+
+
 def memory_format():
     """Channels-last against contiguous memory: what models.to_device's choice rests on."""
     for label, flags in (("ResNet-50 at 224, batch 32", paper("resnet50")), ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
@@ -266,7 +294,7 @@ def compiled():
     report("ViT-B/16: --compile, speed", [clock(plain, 1, 0)[0] / clock(fast, 1, 0)[0] for _ in range(5)], "x")
 
 
-PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
+PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, analyze=analyses, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "compile")]

@@ -45,7 +45,7 @@ def main(argv=None):
         go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, *steps(500), "--save_every", max(1, round(100 * args.share)), "--out", after[name])
     made, tuned = list(before.values()), list(after.values())
     for name, runs in dict(reconstruct=made, curves=[*made, *tuned], occlusion=tuned, interaction=tuned, fourier=[*made, "none"], variance=[*made, "none"]).items():
-        go("analyze.py", name, *runs, "--out", out, *(["--rows", 3] if name == "reconstruct" else []))
+        go("analyze.py", name, *runs, "--out", out, *(["--rows", 6] if name == "reconstruct" else []))
     sheet(out)
 
 
