@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import analyze
 import degrade
 import finetune
 import pretrain
@@ -103,6 +104,21 @@ def test_the_commands_that_show_whether_it_pays(tmp_path):
     assert results[2]["compared_with"]["knn"] == results[0]["knn"] and results[3]["compared_with"]["top1"] == results[1]["top1"]
 
 
+def test_the_commands_of_the_figures(tmp_path, monkeypatch):
+    """On a small run, with fewer images: each leaves its numbers and its picture."""
+    commands = [c for c in COMMANDS if c.startswith("python analyze.py")]
+    assert [c.split()[2] for c in commands] == list(analyze.NAMES)
+    weights = small_run(tmp_path)
+    monkeypatch.setattr(analyze, "FIT", 200)
+    for command in commands:
+        name = command.split()[2]
+        argv = command.replace("runs/zoom_in_mask-vit_micro-shapes", weights).split()[2:]
+        less = dict(curves=[], interaction=["--images", "1", "--pairs", "2", "--contexts", "2"], occlusion=["--images", "20", "--repeats", "1"]).get(name, ["--images", "20"])
+        assert pretrain.command(analyze.run, analyze.options, [*argv, *less, "--out", str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out" / f"{name}.json").exists()
+        assert (tmp_path / "out" / f"{name}.png").exists() or name != "reconstruct"            # curves want matplotlib
+
+
 def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
     commands = [c for c in COMMANDS if "finetune.py" in c and "torchrun" in c]
     assert len(commands) == 2
@@ -145,7 +161,8 @@ def test_the_export_command(tmp_path, run):
 
 
 def test_every_option_named_is_an_option_and_every_setting_is_named():
-    known = set().union(*(of.options()._option_string_actions for of in (pretrain, finetune, probe, table1))) | {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export", "--strength"}
+    analyses = analyze.options()._subparsers._group_actions[0].choices.values()
+    known = set().union(*(p._option_string_actions for p in (*analyses, *(of.options() for of in (pretrain, finetune, probe, table1))))) | {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export", "--strength"}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))
     assert named <= known, named - known
     assert {"--" + k for task in list(degrade.TASKS)[:9] for k in degrade.task_settings(task)} <= named
