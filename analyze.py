@@ -71,6 +71,17 @@ def log_odds(scores, labels):
     return scores.gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
 
 
+def game(classify, image, label, p, base):
+    """f of one image (1, C, H, W), label (1,), as a game of its patches: visible (k, N) bool -> log-odds (k,), the patches
+    outside the set replaced by the colour `base` (C,). 512 forward passes go together, or 4 million pixels.
+    """
+    at_once = max(1, min(512, 2 ** 22 // math.prod(image.shape[2:])))
+
+    def f(visible):
+        return torch.cat([log_odds(classify(showing(image, some, p, base)), label.expand(len(some))) for some in visible.to(image.device).split(at_once)]).cpu()
+    return f
+
+
 def near_pairs(grid, distance=2):
     """Every pair of patches at most `distance` rows and columns from each other, each once: (pairs, 2) int64."""
     row, column = (x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
@@ -112,12 +123,12 @@ def interactions(f, n, pairs, orders, contexts, generator):
 
 def relative_strength(strength):
     """J^(m) (A2 eq. 2) from the mean |I^(m)| of each image, (images, orders): (orders,), whose mean is one; and its standard
-    error over images, by the jackknife (nan for one image).
+    error over images, by the jackknife, as a list, or None for one image.
     """
-    strength, n = strength.double(), len(strength)
+    strength, n = strength.double().clamp(min=1e-30), len(strength)
     without = strength.sum(0) - strength                        # one image at a time left out
     each = without / without.mean(1, keepdim=True)
-    error = ((n - 1) / n * (each - each.mean(0)).square().sum(0)).sqrt() if n > 1 else torch.full_like(strength[0], math.nan)
+    error = ((n - 1) / n * (each - each.mean(0)).square().sum(0)).sqrt().tolist() if n > 1 else None
     return strength.mean(0) / strength.mean(), error
 
 
@@ -193,8 +204,16 @@ class Results:
             self.all.update(runs=there["runs"], parts=there["parts"])
 
     def save(self):
-        pretrain.write_whole(self.path, lambda file: file.write(json.dumps(self.all, indent=1).encode()))
+        try:
+            text = json.dumps(self.all, allow_nan=False)
+        except ValueError:
+            raise pretrain.Failure("what was measured is not finite: try --amp off, or look at the weights")
+        pretrain.write_whole(self.path, lambda file: file.write(text.encode()))
         self.saved = time.monotonic()
+
+    def has(self, run):
+        """Whether the numbers of a run, as its weights are now, are there already."""
+        return self.all["runs"].get(run.label, {}).get("made") == run.made
 
     def done(self, run, numbers):
         self.all["runs"][run.label] = dict(numbers, weights=run.c["weights"], model=run.c["model"], made=run.made)
@@ -202,12 +221,16 @@ class Results:
         self.save()
 
     def over_images(self, run, data, rows, chunk, size, look, place):
-        """[look(views, labels, first)] for every `chunk` images of `rows`, what is there already not again."""
-        parts, total = self.all["parts"].setdefault(run.label, []), math.ceil(len(rows) / chunk)
-        bad_files = pretrain.BadFiles(len(data), 1)
+        """[look(views, labels, first)] for every `chunk` images of `rows`, what is there already not again. Failure when
+        more than 1% of them cannot be read.
+        """
+        of_run = self.all["parts"].get(run.label)
+        if not of_run or of_run["made"] != run.made:            # other weights by now
+            of_run = self.all["parts"][run.label] = dict(made=run.made, found=[])
+        parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(rows), 1)
         views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device, workers=run.c["workers"])
         for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
-            bad_files.meet(unread)
+            bad_files.meet_few(unread, place)
             with torch.inference_mode():
                 parts.append(None if view is None else look(view, labels, len(parts) * chunk))
             if self.signals.received or time.monotonic() > self.saved + 20:
@@ -280,7 +303,6 @@ def classifier(run, val, args, place):
     training images -> module, what it is in words.
     """
     c, classes, weights = run.c, len(val.classes), {} if run.state is None else models.tensors(run.state)
-    c["channels"] = val.channels
     head = weights.get("fc.weight" if c["model"] in models.RESNETS else "head.weight")
     if head is not None and len(head) == classes and (run.state.get("config") or {}).get("classes", val.classes) == val.classes:
         model, loaded = finetune.load_model(c, run.state, place, classes)
@@ -351,23 +373,33 @@ def mean_and_error(parts):
     return [m.tolist() for m in means], [e.tolist() for e in errors]
 
 
-def of_maps(args, place, look):
-    """What `fourier` and `variance` share: look(map) of every block, over images -> results, [(label, its numbers)]."""
-    runs = open_runs(args, place)
-    data = pretrain.load_data(runs[0].c, place, "val")
-    rows = choose_images(data, args.images or len(data), args.seed)
-    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=runs[0].c["amp"]))
-    for run in runs:
-        if results.all["runs"].get(run.label, {}).get("made") != run.made:
-            run.c["channels"] = data.channels
-            model = finetune.load_model(run.c, run.state, place)[0].eval()
+def measured(args, place, settings, chunk, prepare, labelled=False):
+    """What four of the figures share: every run is shown the same images, `chunk` at once -> results, [(label, its numbers)].
 
-            def measure(views, _, __):
-                with torch.autocast(place.device.type, *AUTOCAST[run.c["amp"]]):
-                    return sums(feature_maps(model, views, look))
-            mean, error = mean_and_error(results.over_images(run, data, rows, 64, run.c["img_size"], measure, place))
-            results.done(run, dict(mean=mean, error=error))
+    prepare(run, data, rows) -> look(views, labels, first), a part of the answer as JSON values; numbers(parts), the answer.
+    """
+    runs = open_runs(args, place)
+    data = pretrain.load_data(runs[0].c, place, "val", labelled=labelled)
+    rows = choose_images(data, args.images or len(data), args.seed)
+    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=runs[0].c["amp"], **settings))
+    for run in runs:
+        if not results.has(run):
+            run.c["channels"] = data.channels
+            look, numbers = prepare(run, data, rows)
+            results.done(run, numbers(results.over_images(run, data, rows, chunk, run.c["img_size"], look, place)))
     return results, [(run.label, results.all["runs"][run.label]) for run in runs]
+
+
+def of_maps(args, place, value):
+    """value(map) of every block's output, its mean and standard error over images."""
+    def prepare(run, data, rows):
+        model = finetune.load_model(run.c, run.state, place)[0].eval()
+
+        def look(views, labels, first):
+            with torch.autocast(place.device.type, *AUTOCAST[run.c["amp"]]):
+                return sums(feature_maps(model, views, value))
+        return look, lambda parts: dict(zip(("mean", "error"), mean_and_error(parts)))
+    return measured(args, place, {}, 64, prepare)
 
 
 def depths(values):
@@ -397,95 +429,77 @@ def variance(args, place):
            "; ".join(f"{label} {y[0]:.3g}, {y[-1]:.3g}" for label, _, y, _ in lines) + ".")
 
 
-def with_classifiers(args, place, settings):
-    """What `occlusion` and `interaction` share -> runs, val, its rows, results."""
-    runs = open_runs(args, place)
-    val = pretrain.load_data(runs[0].c, place, "val", labelled=True)
-    rows = choose_images(val, args.images or len(val), args.seed)
-    if args.name == "interaction" and args.amp == "auto":       # a difference of four scores: where it is small, bf16 rounds it away
-        for run in runs:
-            run.c["amp"] = "off"
-    results = Results(args, dict(data=runs[0].c["data"], images=len(rows), seed=args.seed, amp=runs[0].c["amp"], **settings))
-    return runs, val, rows, results
+def grid_of(c):
+    return [side // c["patch_size"] for side in c["img_size"]]
 
 
 def judged(runs):
     """By what each run was judged, in words."""
-    return "; ".join(f"{label} by {r['classifier']}" for label, r in runs) + "."
+    return "Judged: " + "; ".join(f"{label} by {r['classifier']}" for label, r in runs) + "."
 
 
 def occlude(args, place):
     ratios = RATIOS[:-1]
-    runs, val, rows, results = with_classifiers(args, place, dict(repeats=args.repeats, fill=args.fill))
-    for run in runs:
-        if results.all["runs"].get(run.label, {}).get("made") == run.made:
-            continue
-        model, kind = classifier(run, val, args, place)
-        p, grid = run.c["patch_size"], [side // run.c["patch_size"] for side in run.c["img_size"]]
-        base = mean_colour(val, rows, run, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
-        classify = scored(model, run.c["amp"], place.device)
 
-        def measure(views, labels, first):
-            hits = occlusion(classify, views, labels, p, base, ratios, args.repeats, seeded(args.seed, HIDDEN, first))
+    def prepare(run, val, rows):
+        model, kind = classifier(run, val, args, place)
+        classify, grid = scored(model, run.c["amp"], place.device), grid_of(run.c)
+        base = mean_colour(val, rows, run, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
+
+        def look(views, labels, first):
+            hits = occlusion(classify, views, labels, run.c["patch_size"], base, ratios, args.repeats, seeded(args.seed, HIDDEN, first))
             return dict(n=len(views), hits=hits.tolist())
-        parts = results.over_images(run, val, rows, 128, run.c["img_size"], measure, place)
-        seen = sum(part["n"] for part in parts)
-        top1 = 100 * sum(torch.tensor(part["hits"]) for part in parts) / seen                  # (ratios, repeats)
-        results.done(run, dict(classifier=kind, images=seen, patches=math.prod(grid), dropped=[int(degrade.random_mask(1, grid, r).sum()) for r in ratios],
-                               top1=[row.tolist() for row in top1], mean=top1.mean(1).tolist(),
-                               deviation=top1.std(1).tolist() if args.repeats > 1 else None))
-    found = [(run.label, results.all["runs"][run.label]) for run in runs]
-    lines = [(label, [k / r["patches"] for k in r["dropped"]], r["mean"], r["deviation"]) for label, r in found]
+
+        def numbers(parts):
+            seen = sum(part["n"] for part in parts)
+            top1 = 100 * sum(torch.tensor(part["hits"]) for part in parts) / seen              # (ratios, repeats)
+            return dict(classifier=kind, images=seen, patches=math.prod(grid), dropped=[int(degrade.random_mask(1, grid, r).sum()) for r in ratios],
+                        top1=top1.tolist(), mean=top1.mean(1).tolist(), deviation=top1.std(1).tolist() if args.repeats > 1 else None)
+        return look, numbers
+    results, runs = measured(args, place, dict(repeats=args.repeats, fill=args.fill), 128, prepare, labelled=True)
+    lines = [(label, [k / r["patches"] for k in r["dropped"]], r["mean"], r["deviation"]) for label, r in runs]
     half = [min(range(len(x)), key=lambda i: abs(x[i] - 0.5)) for _, x, _, _ in lines]
     finish(args, results, [dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped", y="top-1 accuracy, %", lines=lines)],
            "The longer a curve stays up, the less a network needs any one patch. A2 found that masked modelling keeps most of its accuracy up to 80% dropped where "
            "training from scratch falls at once (Fig. 1 a, c). Nothing dropped and half dropped: " +
            "; ".join(f"{label} {y[0]:.1f}% and {y[i]:.1f}%, {100 * y[i] / max(y[0], 1e-9):.0f}% of it left" for (label, _, y, _), i in zip(lines, half)) +
-           ". Judged: " + judged(found))
-
-
-def at_once(size):
-    """How many forward passes of images (h, w) go together: 512, or 4 million pixels."""
-    return max(1, min(512, 2 ** 22 // math.prod(size)))
+           f". {judged(runs)}")
 
 
 def interact(args, place):
-    runs, val, rows, results = with_classifiers(args, place, dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance))
-    for run in runs:
-        if results.all["runs"].get(run.label, {}).get("made") == run.made:
-            continue
-        model, kind = classifier(run, val, args, place)
-        p, grid = run.c["patch_size"], [side // run.c["patch_size"] for side in run.c["img_size"]]
-        n, base, near = math.prod(grid), mean_colour(val, rows, run, place), near_pairs(grid, args.distance)
+    if args.amp == "auto":                                      # a difference of four scores: where it is small, bf16 rounds it away
+        args.amp = "off"
+
+    def prepare(run, val, rows):
+        grid, p = grid_of(run.c), run.c["patch_size"]
+        n, near = math.prod(grid), near_pairs(grid, args.distance)
         if n < 3 or not len(near):
             raise BadRequest(f"--distance {args.distance}: {grid[0]}x{grid[1]} patches have no such pairs with others about them")
-        orders, classify = sorted({round(r * (n - 2)) for r in RATIOS}), scored(model, run.c["amp"], place.device)
+        model, kind = classifier(run, val, args, place)
+        classify, base, orders = scored(model, run.c["amp"], place.device), mean_colour(val, rows, run, place), sorted({round(r * (n - 2)) for r in RATIOS})
 
-        def measure(views, labels, first):
-            strength = []
-            for i, (image, label) in enumerate(zip(views, labels), first):
-                def f(visible):
-                    return torch.cat([log_odds(classify(showing(image[None], some, p, base)), label.expand(len(some)))
-                                      for some in visible.to(place.device).split(at_once(run.c["img_size"]))]).cpu()
-                pairs = near[torch.randperm(len(near), generator=seeded(args.seed, PAIRS, i))[:args.pairs]]
-                I, error = interactions(f, n, pairs, orders, args.contexts, seeded(args.seed, CONTEXTS, i))
-                strength.append([I.abs().mean(0).tolist(), error.mean(0).tolist()])
-            return strength
-        found = torch.tensor(sum(results.over_images(run, val, rows, 1, run.c["img_size"], measure, place), []))           # (images, 2, orders)
-        J, error = relative_strength(found[:, 0])
-        results.done(run, dict(classifier=kind, images=len(found), players=n, orders=orders, J=J.tolist(), J_error=error.tolist(),
-                               strength=found[:, 0].mean(0).tolist(), context_error=found[:, 1].mean(0).tolist(), strength_of_image=found[:, 0].tolist()))
-    found = [(run.label, results.all["runs"][run.label]) for run in runs]
-    lines = [(label, [m / (r["players"] - 2) for m in r["orders"]], r["J"], r["J_error"]) for label, r in found]
+        def look(views, labels, first):                         # one image
+            pairs = near[torch.randperm(len(near), generator=seeded(args.seed, PAIRS, first))[:args.pairs]]
+            I, error = interactions(game(classify, views, labels, p, base), n, pairs, orders, args.contexts, seeded(args.seed, CONTEXTS, first))
+            return [I.abs().mean(0).tolist(), error.mean(0).tolist()]
+
+        def numbers(parts):
+            strength, error = torch.tensor(parts).unbind(1)                                    # (images, orders)
+            J, J_error = relative_strength(strength)
+            return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(), J_error=J_error, strength=strength.mean(0).tolist(),
+                        context_error=error.mean(0).tolist(), strength_of_image=strength.tolist())
+        return look, numbers
+    results, runs = measured(args, place, dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance), 1, prepare, labelled=True)
+    lines = [(label, [m / (r["players"] - 2) for m in r["orders"]], r["J"], r["J_error"]) for label, r in runs]
 
     def share(x, J):                                            # of the strength, that of orders from .05 to .5
         return 100 * sum(j for a, j in zip(x, J) if 0.04 < a < 0.54) / sum(J)
-    noise = {label: 100 * max(e / max(s, 1e-12) for e, s in zip(r["context_error"], r["strength"])) for label, r in found}
+    noise = [f"{100 * max(e / max(s, 1e-12) for e, s in zip(r['context_error'], r['strength'])):.0f}% ({label})" for label, r in runs]
     finish(args, results, [dict(title="Strength of interactions", x="order m / (n - 2), patches about the pair", y=r"$J^{(m)}$, relative to the mean over orders", lines=lines, more=dict(ylim=(0, None)))],
            "Where a curve is high, the answer depends on two patches together when that share of the others is shown; networks are strong at both ends. A2 found "
            "that masked modelling strengthens the middle, .05 to .5 (Fig. 1 e, g). Share of all strength in these orders: " +
-           "; ".join(f"{label} {share(x, J):.0f}%" for label, x, J, _ in lines) + f". With {args.contexts} contexts a pair's value has a standard error of up to " +
-           "; ".join(f"{noise[label]:.0f}% ({label})" for label, _ in found) + " of the strength, which lifts the orders between the ends: more --contexts lower it. Judged: " + judged(found))
+           "; ".join(f"{label} {share(x, J):.0f}%" for label, x, J, _ in lines) + f". With {args.contexts} contexts a pair's value has a standard error of up to "
+           f"{'; '.join(noise)} of the strength, which lifts the orders between the ends: more --contexts lower it. {judged(runs)}")
 
 
 def recovery_of(args, weights, place):

@@ -916,6 +916,11 @@ class BadFiles:
                 tqdm.write(f"skipped {why}", file=sys.stderr)
         return len(bad)
 
+    def meet_few(self, bad, place):
+        """meet, of a set that is gone through once. Failure when more than 1% of it, and more than one, cannot be read."""
+        if self.meet(bad) and len(self.why) > 0.01 * max(self.images, 100):
+            raise Failure(f"more than 1% of {self.images} images cannot be read: mend or replace {self.listed(place)}")
+
     def count(self, step, now, before):
         """How many reads failed in the epoch so far: `now` in this step, `before` until it; and if that is over 1%."""
         same_epoch = step * self.batch // self.images == (step - 1) * self.batch // self.images

@@ -33,8 +33,7 @@ def encode(model, data, rows, c, place, tokens=False, note="", bad_files=None):
     bad_files = bad_files or pretrain.BadFiles(len(data), 1)
     parts = data.plain(rows, BATCH, c["img_size"], c["test_crop"], device=place.device, workers=c["workers"])
     for views, labels, unread in tqdm(parts, note, math.ceil(len(rows) / BATCH), leave=False, disable=not note, unit="batch"):
-        if bad_files.meet(unread) and len(bad_files.why) > 0.01 * len(data):
-            raise Failure(f"more than 1% of {len(data)} images cannot be read: mend or replace {bad_files.listed(place)}")
+        bad_files.meet_few(unread, place)
         if views is None:
             continue
         with torch.no_grad(), torch.autocast(place.device.type, *AUTOCAST[c["amp"]]):

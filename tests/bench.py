@@ -164,21 +164,15 @@ def analyses():
     """Forward passes of the interactions against the peak, lower precision beside float32; the passes of the feature maps."""
     for label, name, size, p in (("ViT-S/16 at 224", "vit_small", 224, 16), ("ResNet-50 at 224", "resnet50", 224, 16), ("small ViT, 32 px", "vit_micro", 32, 4)):
         model = models.to_device(models.encoder(name, size, p, num_classes=10, pool="mean").eval(), device)
-        image, n, at_once = torch.rand(1, 3, size, size, device=device), (size // p) ** 2, analyze.at_once([size, size])
-        base, label_of, near = torch.full((3,), 0.5, device=device), torch.zeros(1, dtype=torch.long, device=device), analyze.near_pairs((size // p, size // p))
-        pairs, passes = near[:2 if size > 32 else 8], []
+        image, n, base, label_of = torch.rand(1, 3, size, size, device=device), (size // p) ** 2, torch.full((3,), 0.5, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        pairs, contexts = analyze.near_pairs((size // p, size // p))[:2 if size > 32 else 8], 10 if size > 32 else 60
+        passes, forward = len(pairs) * 4 * (2 + contexts), models.flops(model, image)          # orders 0 and n - 2 have one context
 
         def interactions(precision):
-            classify = analyze.scored(model, precision, device)
-
-            def f(visible):
-                passes.append(len(visible))
-                return torch.cat([analyze.log_odds(classify(analyze.showing(image, some, p, base)), label_of.expand(len(some))) for some in visible.to(device).split(at_once)]).cpu()
             with torch.inference_mode():
-                analyze.interactions(f, n, pairs, [0, n // 2, n - 2], 10 if size > 32 else 60, pretrain.seeded(0))
-        interactions(amp)
-        forward = models.flops(model, image)
-        compare(f"interaction: {label}", (lambda: interactions(amp), passes[0], forward), (lambda: interactions("off"), passes[0], forward), f"float32 / {amp}, time", 5)
+                f = analyze.game(analyze.scored(model, precision, device), image, label_of, p, base)
+                analyze.interactions(f, n, pairs, [0, n // 2, n - 2], contexts, pretrain.seeded(0))
+        compare(f"interaction: {label}", (lambda: interactions(amp), passes, forward), (lambda: interactions("off"), passes, forward), f"float32 / {amp}, time", 5)
         views = torch.rand(16 if size > 32 else 64, 3, size, size, device=device)
 
         def maps(look):

@@ -1,10 +1,11 @@
 """The sheet of all six analyses in the README, made from runs of the real scripts on the built-in pictures.
 
-    python tests/figures.py              about half an hour on 2 CPU cores -> runs/figures/figures.png
+    python tests/figures.py              an hour on 2 CPU cores, less after tests/table1.py -> runs/figures/figures.png
     python tests/figures.py --share 0.02 to try
 
-Two pre-trainings, `mask` and `zoom_in_mask`, of the same time as a table's; each fine-tuned with 100 labels a class, and so
-are random weights; then analyze.py six times. A stopped one goes on where it was. matplotlib is needed.
+Three pre-trainings, the table's own (`mask`, `zoom_in_mask`, `a2mim`, in its folder, made if they are not there); each
+fine-tuned with 100 labels a class, and so are random weights; then analyze.py six times. A stopped one goes on where it
+was. matplotlib is needed.
 """
 import argparse
 import os
@@ -23,29 +24,31 @@ import table1
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--out", default=os.path.join("runs", "figures"), metavar="DIR", help="default: runs/figures")
+    p.add_argument("--table", default=os.path.join("runs", "table1-shapes"), metavar="DIR", help="the --out of tests/table1.py; default: runs/table1-shapes")
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
     args = p.parse_args(argv)
-    out = Path(args.out)
+    out, table = Path(args.out).resolve(), Path(args.table).resolve()
     out.mkdir(parents=True, exist_ok=True)
 
     def go(*command):
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
         if done.returncode:
             sys.exit(f"figures.py: {' '.join(map(str, command))} ended with code {done.returncode}: mend it, the same command goes on")
 
-    def steps(n):
-        return ["--steps", max(2, round(n * args.share)), "--resume"]
-    out = out.resolve()
     before, after = {}, {}
-    for task in ("mask", "zoom_in_mask"):
-        before[task] = out / task
-        go("pretrain.py", "--task", task, "--batch_size", 128, "--lr", "3e-3", *steps(table1.DATA["shapes"]["steps"][0]), "--out", before[task])
+    for task in ("mask", "zoom_in_mask", "a2mim"):
+        folder, _, command = table1.jobs(argparse.Namespace(data="shapes", root="data", out=table, share=args.share), task, 0)[0]
+        before[task] = table / folder
+        if not table1.result(before[task]):
+            go(*command, "--out", before[task])
     for name in (*before, "none"):
         after[name] = out / f"{name}-tuned"
-        go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, *steps(500), "--save_every", max(1, round(100 * args.share)), "--out", after[name])
+        go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--steps", max(2, round(500 * args.share)), "--resume",
+           "--save_every", max(1, round(100 * args.share)), "--out", after[name])
     made, tuned = list(before.values()), list(after.values())
-    for name, runs in dict(reconstruct=made, curves=[*made, *tuned], occlusion=tuned, interaction=tuned, fourier=[*made, "none"], variance=[*made, "none"]).items():
-        go("analyze.py", name, *runs, "--out", out, *(["--rows", 6] if name == "reconstruct" else []))
+    for name, runs in dict(reconstruct=[*made, "--rows", 6], curves=[*made, *tuned], occlusion=[*tuned, "--resume"], interaction=[*tuned, "--resume"],
+                           fourier=[*made, "none", "--resume"], variance=[*made, "none", "--resume"]).items():
+        go("analyze.py", name, *runs, "--out", out)
     sheet(out)
 
 

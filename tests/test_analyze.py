@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -100,7 +101,7 @@ def test_eq_2_averages_to_one_and_its_error_is_the_jackknife():
     assert torch.allclose(analyze.relative_strength(5 * strength)[0], J)
     boot = torch.stack([analyze.relative_strength(strength[torch.randint(40, (40,), generator=pretrain.seeded(9, i))])[0] for i in range(400)]).std(0)
     np.testing.assert_allclose(error, boot, rtol=0.25)
-    assert analyze.relative_strength(strength[:1])[1].isnan().all()
+    assert analyze.relative_strength(strength[:1])[1] is None
 
 
 def test_log_odds_by_hand():
@@ -382,6 +383,39 @@ def test_resume_measures_only_what_is_new(do, made, monkeypatch):
     os.utime(made / "zoom" / "checkpoint.pt")                   # other weights
     with pytest.raises(TypeError):
         do("variance", "zoom", *TINY, "--resume")
+
+
+def test_parts_of_other_weights_are_not_gone_on_with(do, made, tmp_path):
+    """What was found before the weights changed is measured again."""
+    assert do("variance", "zoom", *TINY)[0] == 0
+    path = tmp_path / "out" / "variance.json"
+    there = json.loads(path.read_text())
+    want, stale = there["runs"].pop("zoom"), dict(n=10, sum=[[9.0]] * 6, square=[[90.0]] * 6)
+    for weights_of, mean in ((want["made"], 0.9), (want["made"] - 1, None)):
+        path.write_text(json.dumps(dict(there, parts=dict(zoom=dict(made=weights_of, found=[stale])))))
+        found = do("variance", "zoom", *TINY, "--resume")[3]["runs"]["zoom"]["mean"]
+        assert found == (want["mean"] if mean is None else [[mean]] * 6)
+
+
+def test_unreadable_images_are_named_and_too_many_of_them_stop(do, made, labelled, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    files = sorted((data / "val").rglob("*.png"))
+    files[0].write_bytes(b"no picture")
+    code, _, wrong, found = do("variance", "zoom", "--data", data, "--amp", "off", "--workers", 0)
+    assert code == 0 and str(files[0]) in wrong and found["settings"]["images"] == len(files)
+    files[1].write_bytes(b"nor this")
+    code, _, wrong, _ = do("variance", "zoom", "--data", data, "--amp", "off", "--workers", 0)
+    assert code == 1 and f"more than 1% of {len(files)} images cannot be read" in wrong and str(files[1]) in wrong
+
+
+def test_what_is_not_finite_is_not_written(do, made, tmp_path):
+    state = models.read_weights(str(made / "zoom"))
+    state["model"]["blocks.3.mlp.fc2.weight"][0, 0] = math.inf
+    (tmp_path / "burst").mkdir()
+    torch.save(state, tmp_path / "burst" / "checkpoint.pt")
+    code, _, wrong, found = do("variance", tmp_path / "burst", *TINY)
+    assert code == 1 and "what was measured is not finite" in wrong and found is None
 
 
 def test_without_matplotlib_the_numbers_are_written(do, monkeypatch):
