@@ -607,8 +607,8 @@ def log_of(folder):
 
 
 def curves(args, _):
-    """BM Fig. 2: loss against epochs; of fine-tuned runs the accuracy too; and BM Fig. 5: their last accuracy against the
-    epochs of pre-training behind it.
+    """BM Fig. 2: loss against epochs; of fine-tuned runs the accuracy instead; and BM Fig. 5: their last accuracy against
+    the epochs of pre-training behind it.
     """
     found, paid = {}, {}
     for label, folder in zip(labels_of(args.runs), args.runs):
@@ -626,7 +626,7 @@ def curves(args, _):
             paid.setdefault(found[label]["pretraining"], []).append((found[label]["pretraining_epochs"], curve["top1"][-1][1]))
     results = Results(args, {})
     results.all["runs"] = found
-    panels = [dict(title=title, x="epochs", y=y, lines=[(label, *zip(*run[k]), None) for label, run in found.items() if run[k]])
+    panels = [dict(title=title, x="epochs", y=y, lines=[(label, *zip(*run[k]), None) for label, run in found.items() if run[k] and not (k == "loss" and run["top1"])])
               for k, title, y in (("loss", "Training loss", "loss, each task's own"), ("top1", "Accuracy while fine-tuning", "top-1 accuracy, %"))]
     panels.append(dict(title="What pre-training pays", x="epochs of pre-training", y="top-1 after fine-tuning, %",
                        lines=[(task, *zip(*sorted(points)), None) for task, points in paid.items()]))
@@ -644,7 +644,7 @@ RECOVERY = ("task", "model", "img_size", "patch_size", "decoder", "norm_target")
 NAMES = {
     "reconstruct": (reconstruct, "pictures recovered and their mean squared error", 100, None),
     "curves": (curves, "loss and accuracy against epochs", None, None),
-    "occlusion": (occlude, "top-1 against the share of patches dropped", 1000, 0),
+    "occlusion": (occlude, "top-1 against the share of patches dropped", 500, 0),
     "interaction": (interact, "strength of interactions by order", 16, 500),
     "fourier": (fourier, "high frequencies in the feature maps by depth", 256, 0),
     "variance": (variance, "spatial variance of the feature maps by depth", 256, 0),

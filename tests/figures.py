@@ -20,6 +20,8 @@ import analyze
 import pretrain
 import table1
 
+WIDTH = 1320                                                    # pixels of the sheet
+
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -46,7 +48,7 @@ def main(argv=None):
         go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--steps", max(2, round(500 * args.share)), "--resume",
            "--save_every", max(1, round(100 * args.share)), "--out", after[name])
     made, tuned = list(before.values()), list(after.values())
-    for name, runs in dict(reconstruct=[*made, "--rows", 6], curves=[*made, *tuned], occlusion=[*tuned, "--resume"], interaction=[*tuned, "--resume"],
+    for name, runs in dict(reconstruct=[*made, "--rows", 4], curves=[*made, *tuned], occlusion=[*tuned, "--resume"], interaction=[*tuned, "--resume"],
                            fourier=[*made, "none", "--resume"], variance=[*made, "none", "--resume"]).items():
         go("analyze.py", name, *runs, "--out", out)
     sheet(out)
@@ -55,11 +57,14 @@ def main(argv=None):
 def sheet(folder):
     """The six pictures in one: figures.png."""
     from PIL import Image
-    pictures = [Image.open(folder / f"{name}.png").convert("RGB") for name in analyze.NAMES]
-    width = 1200
-    pictures = [x.resize((width, round(x.height * width / x.width)), Image.Resampling.LANCZOS) if x.width > width else x for x in pictures]
-    whole = analyze.stacked(pictures)
-    pretrain.write_whole(str(folder / "figures.png"), lambda file: whole.save(file, format="PNG", optimize=True))
+    rows = []
+    for names in (["reconstruct"], ["curves"], ["occlusion", "interaction"], ["fourier", "variance"]):
+        parts = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
+        row = Image.new("RGB", (sum(x.width for x in parts), max(x.height for x in parts)), "white")
+        for i, x in enumerate(parts):
+            row.paste(x, (sum(left.width for left in parts[:i]), 0))
+        rows.append(row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS))
+    pretrain.write_whole(str(folder / "figures.png"), lambda file: analyze.stacked(rows).save(file, format="PNG", optimize=True))
     print(f"drawn: {folder / 'figures.png'}")
 
 
