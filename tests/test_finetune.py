@@ -358,18 +358,19 @@ def test_eval_measures_as_the_run_did(of, tmp_path):
     assert code == 0 and json.load(open(tmp_path / "other/config.json"))["test_size"] == 0
 
 
-def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path):
+def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd):
     assert of(finetune, "--steps", 1)[0] == 0
     state = {k: v for k, v in weights_of(tmp_path / "run").items() if not k.startswith("norm.")}
     torch.save(state | {"fc_norm.weight": torch.ones(128)}, tmp_path / "mae.pt")               # MAE's own, mean-pooled
     shutil.copytree(labelled, tmp_path / "data")
     shutil.move(tmp_path / "data/val/class2", tmp_path / "data/val/0class")
-    for weights, flags, says in ((tmp_path / "mae.pt", ["--model", "vit_micro", "--img_size", 16, "--patch_size", 4, "--data", labelled], "lacks norm.weight, norm.bias"),
-                                 (tmp_path / "run", ["--data", tmp_path / "data"], "class0 there is 0class here"), (tmp_path / "run", ["--labels", 2], "--labels does nothing with --eval"),
-                                 (tmp_path / "run", ["--compile"], "--compile does nothing with --eval"),
-                                 (tmp_path / "run", ["--out", tmp_path / "run"], "holds a run with its own result")):
-        code, said = measured(weights, tmp_path / "eval", *flags)
-        assert code == 2 and says in said.strip().splitlines()[-1], said
+    for weights, flags, says in (("mae.pt", ["--model", "vit_micro", "--img_size", "16", "--patch_size", "4", "--data", str(labelled)], "lacks norm.weight, norm.bias"),
+                                 ("run", ["--data", str(tmp_path / "data")], "class0 there is 0class here"), ("run", ["--labels", "2"], "--labels does nothing with --eval"),
+                                 ("run", ["--compile"], "--compile does nothing with --eval"),
+                                 ("run", ["--out", str(tmp_path / "run")], "holds a run with its own result")):
+        argv = ["--weights", str(tmp_path / weights), "--eval", "--workers", "0", "--amp", "off", "--out", str(tmp_path / "eval"), *flags]
+        assert pretrain.command(finetune.run, finetune.options, argv) == 2
+        assert says in capfd.readouterr().err.strip().splitlines()[-1]
     said = measured(tmp_path / "run", tmp_path / "run", processes=2)[1]                        # both leave, none waits
     assert "exitcode  : 2" in said and "exitcode  : 1" not in said, said
 

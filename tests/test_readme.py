@@ -1,4 +1,5 @@
 """README is true: its commands run, its options exist, its table is degrade's, its expected lines are what is printed."""
+import functools
 import json
 import os
 import re
@@ -40,7 +41,7 @@ def test_the_first_command_installs_and_trains_and_says_what_the_readme_says(tmp
     assert install == "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
     done = subprocess.run([*in_this_python(train), "--steps", "40", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    text = lambda text: re.sub(r"commit \w+", "commit #", text)
+    text = lambda text: re.sub(r"(commit|precision) \w+", r"\1 #", text)
     blank = lambda said: [re.sub(r"runs/\S+?(?=/checkpoint|\n|$)", "OUT", re.sub(r"[\d.,]+(e-\d+)?", "#", line.replace(str(tmp_path / "run"), "runs/x"))) for line in text(said).strip().splitlines()]
     expected = blank(next(text for kind, text in BLOCKS if kind == "text"))
     said = blank(done.stdout)
@@ -90,30 +91,35 @@ def small_run(tmp_path, *flags):
     return str(tmp_path / "encoder")
 
 
-def test_the_commands_that_show_whether_it_pays(tmp_path):
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """A hundredth of the built-in pictures, made once."""
+    make = functools.lru_cache(pretrain.shapes)
+    monkeypatch.setattr(pretrain, "shapes", lambda n, size=48, seed=0: make(max(n // 100, 20), size, seed))
+
+
+def test_the_commands_that_show_whether_it_pays(few_shapes, tmp_path, capsys):
     """Probe, fine-tune, and from random weights: each ends with its line of JSON."""
     commands = [c for c in COMMANDS if c.startswith(("python probe.py", "python finetune.py")) and "--eval" not in c]
     assert len(commands) == 4
     weights, results = small_run(tmp_path), []
     for i, command in enumerate(commands):
-        command = command.replace("runs/zoom_in_mask-vit_micro-shapes", weights)
-        less = ["--labels", "10"] if "probe" in command else ["--steps", "2"]
-        done = subprocess.run([*in_this_python(command), *less, "--out", str(tmp_path / str(i))], cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        _, script, *argv = command.replace("runs/zoom_in_mask-vit_micro-shapes", weights).split()
+        module, less = (probe, []) if "probe" in script else (finetune, ["--labels", "10", "--steps", "2"])
+        assert pretrain.command(module.run, module.options, [*argv, *less, "--out", str(tmp_path / str(i))]) == 0
+        results.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
     assert results[2]["compared_with"]["knn"] == results[0]["knn"] and results[3]["compared_with"]["top1"] == results[1]["top1"]
 
 
-def test_the_commands_of_the_figures(tmp_path, monkeypatch):
+def test_the_commands_of_the_figures(few_shapes, tmp_path):
     """On a small run, with fewer images: each leaves its numbers and its picture."""
     commands = [c for c in COMMANDS if c.startswith("python analyze.py")]
     assert [c.split()[2] for c in commands] == list(analyze.NAMES)
     weights = small_run(tmp_path)
-    monkeypatch.setattr(analyze, "FIT", 200)
     for command in commands:
         name = command.split()[2]
         argv = command.replace("runs/zoom_in_mask-vit_micro-shapes", weights).split()[2:]
-        less = dict(curves=[], interaction=["--images", "1", "--pairs", "2", "--contexts", "2"], occlusion=["--images", "20", "--repeats", "1"]).get(name, ["--images", "20"])
+        less = dict(curves=[], interaction=["--images", "1", "--pairs", "2", "--contexts", "2"]).get(name, ["--images", "20"])
         assert pretrain.command(analyze.run, analyze.options, [*argv, *less, "--out", str(tmp_path / "out")]) == 0
         assert (tmp_path / "out" / f"{name}.json").exists()
         assert (tmp_path / "out" / f"{name}.png").exists() or name != "reconstruct"            # curves want matplotlib
