@@ -24,6 +24,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -132,6 +133,14 @@ def relative_strength(strength):
     return strength.mean(0) / strength.mean(), error
 
 
+def share_between(x, J, low, high):
+    """Of the area under J over x in [0, 1], straight between its points, the share between low and high in %."""
+    def area(a, b):
+        at = np.linspace(a, b, 1001)
+        return np.trapezoid(np.interp(at, x, J), at)
+    return 100 * area(low, high) / area(0, 1)
+
+
 def log_amplitude(maps):
     """Log amplitude of the spectrum of feature maps (B, C, h, w) along its diagonal, from frequency 0 to the highest, less
     that at 0, averaged over channels (A2 B.3): (B, n + 1), n = min(h, w) // 2. The frequencies are k / n of the highest, which
@@ -187,21 +196,19 @@ class Results:
         self.all = dict(analysis=args.name, settings=settings, runs={}, parts={}, **pretrain.provenance())
         try:
             os.makedirs(args.out, exist_ok=True)
-            if os.path.exists(self.path):
+            if os.path.exists(self.path) and args.name != "curves":                            # a matter of a second
                 with open(self.path) as file:
                     self._take(json.load(file), args.resume)
-        except (OSError, ValueError) as error:
-            raise BadRequest(f"{self.path} cannot be used: {error}. Choose another --out, or delete it")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadRequest(f"{self.path} cannot be used: {error!r}. Choose another --out, or delete it")
 
     def _take(self, there, resume):
-        if there["settings"] != self.all["settings"] and (resume or there["parts"]):
-            name = next(k for k in {**there["settings"], **self.all["settings"]} if there["settings"].get(k) != self.all["settings"].get(k))
-            raise BadRequest(f"{self.path} was made with {name} {there['settings'].get(name)}, this command asks for {self.all['settings'].get(name)}: "
-                             "give the same, or another --out")
-        if there["parts"] and not resume:
-            raise BadRequest(f"{self.path} is not finished: --resume goes on with it, or delete it")
-        if resume:
-            self.all.update(runs=there["runs"], parts=there["parts"])
+        if not resume:
+            raise BadRequest(f"{self.path} is there already: --resume goes on with it and adds runs, another --out keeps it, or delete it")
+        for name, asked in self.all["settings"].items():
+            if there["settings"].get(name) != asked:
+                raise BadRequest(f"{self.path} was made with {name} {there['settings'].get(name)}, this command asks for {asked}: give the same, or another --out")
+        self.all.update(runs=there["runs"], parts=there["parts"])
 
     def save(self):
         try:
@@ -212,31 +219,36 @@ class Results:
         self.saved = time.monotonic()
 
     def has(self, run):
-        """Whether the numbers of a run, as its weights are now, are there already."""
-        return self.all["runs"].get(run.label, {}).get("made") == run.made
+        """Whether the numbers of a run, as it is now, are there already."""
+        return self.all["runs"].get(run.label, {}).get("of") == run.of()
 
     def done(self, run, numbers):
-        self.all["runs"][run.label] = dict(numbers, weights=run.c["weights"], model=run.c["model"], made=run.made)
+        self.all["runs"][run.label] = dict(numbers, of=run.of())
         self.all["parts"].pop(run.label, None)
         self.save()
+
+    def heed(self):
+        """Save and leave if a signal asked for it."""
+        if self.signals.received:
+            self.save()
+            raise Stopped(self.signals.received)
 
     def over_images(self, run, data, rows, chunk, size, look, place):
         """[look(views, labels, first)] for every `chunk` images of `rows`, what is there already not again. Failure when
         more than 1% of them cannot be read.
         """
         of_run = self.all["parts"].get(run.label)
-        if not of_run or of_run["made"] != run.made:            # other weights by now
-            of_run = self.all["parts"][run.label] = dict(made=run.made, found=[])
+        if not of_run or of_run["of"] != run.of():              # other weights by now
+            of_run = self.all["parts"][run.label] = dict(of=run.of(), found=[])
         parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(rows), 1)
         views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device, workers=run.c["workers"])
         for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
             bad_files.meet_few(unread, place)
             with torch.inference_mode():
                 parts.append(None if view is None else look(view, labels, len(parts) * chunk))
-            if self.signals.received or time.monotonic() > self.saved + 20:
+            if time.monotonic() > self.saved + 20:
                 self.save()
-            if self.signals.received:
-                raise Stopped(self.signals.received)
+            self.heed()
         found = [part for part in parts if part is not None]
         if not found:
             raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
@@ -247,40 +259,46 @@ class Run(NamedTuple):
     label: str                          # in legends and results
     c: dict                             # configuration: model, sizes, precision
     state: dict | None                  # what its file holds; None: random weights
-    made: float                         # when its file was written, seconds
+
+    def of(self):
+        """What its numbers depend on, besides the settings of the analysis: JSON values."""
+        path = os.path.join(self.c["weights"], "checkpoint.pt") if os.path.isdir(self.c["weights"]) else self.c["weights"]
+        written = os.path.getmtime(path) if self.state else None
+        return dict(weights=self.c["weights"], written=written, **{k: self.c.get(k) for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
 
 
 def labels_of(weights):
     """A short name for each run, of as many of its last folders as tell it from the others."""
-    paths = [os.path.normpath(w).removesuffix(os.sep + "checkpoint.pt").split(os.sep) for w in weights]
+    whole = [os.path.normpath(w).removesuffix(os.sep + "checkpoint.pt") for w in weights]
+    paths = [w.split(os.sep) for w in whole]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise BadRequest(f"{next(w for w in weights if weights.count(w) > 1)} is given twice")
-
-
-def when_written(weights):
-    path = os.path.join(weights, "checkpoint.pt") if os.path.isdir(weights) else weights
-    return os.path.getmtime(path) if os.path.exists(path) else 0.0
+    raise BadRequest(f"{next(w for w in whole if whole.count(w) > 1)} is given twice")
 
 
 def open_runs(args, place):
     """The encoders of args.runs, each with its own model and sizes, on one --data. `none` is like the first other one."""
     runs, first = {}, None
     for label, weights in sorted(zip(labels_of(args.runs), args.runs), key=lambda x: x[1] == "none"):
-        own = argparse.Namespace(**{**vars(args), "weights": weights, "recipe": None, "test_size": None, "test_crop": None, "eval": True})
+        own = argparse.Namespace(**{**vars(args), "weights": weights, "model": None, "recipe": None, "test_size": None, "test_crop": None, "eval": True})
         if weights == "none" and first:
-            for name in ("data", "root", "model", "img_size", "patch_size", "pool", "relative_positions"):
+            for name in ("model", "img_size", "patch_size", "pool", "relative_positions"):
                 setattr(own, name, first[name])
         state = finetune.open_weights(own)
+        own.model = own.model or args.model                     # a run says its own, a file of weights alone does not
+        if args.data is None and first and not isinstance((state or {}).get("config"), dict):
+            own.data, own.root = first["data"], first["root"]
         if args.data is None and first and own.data != first["data"]:
             raise BadRequest(f"{first['weights']} is of {first['data']}, {weights} of {own.data}: say which images with --data")
         c, _ = finetune.choose_recipe(own, "analyze")
         c.update(img_size=finetune.measured_size(c), amp=pretrain.precision(c["amp"], place.device),
                  workers=pretrain.loaders(c["workers"], place), labels=None)
         first = first or c
-        runs[label] = Run(label, c, state, when_written(weights))
+        runs[label] = Run(label, c, state)
+    if args.model and args.model not in [run.c["model"] for run in runs.values()]:
+        raise BadRequest(f"--model {args.model} is for files of weights alone: these runs say their own")
     return [runs[label] for label in labels_of(args.runs)]
 
 
@@ -289,10 +307,10 @@ def choose_images(data, count, seed):
     return torch.randperm(len(data), generator=seeded(seed, CHOSEN))[:count].sort().values
 
 
-def mean_colour(data, rows, run, place):
-    """The mean of each channel over up to 1,000 of these images: (C,)."""
-    parts = [views.mean((2, 3)) for views, _, _ in data.plain(rows[:1000], 250, run.c["img_size"], device=place.device) if views is not None]
-    return torch.cat(parts).mean(0)
+def mean_colour(data, run, seed, place):
+    """The mean of each channel over 1,000 images of the set, all if there are fewer: (C,)."""
+    parts = data.plain(choose_images(data, 1000, seed), 250, run.c["img_size"], run.c["test_crop"], device=place.device, workers=run.c["workers"])
+    return torch.cat([views.mean((2, 3)) for views, _, _ in parts if views is not None]).mean(0)
 
 
 FIT = 10000                                                     # images a linear layer is fitted to, where the run has none
@@ -318,9 +336,10 @@ def classifier(run, val, args, place):
     return nn.Sequential(model, head), f"a linear layer on its frozen features, fitted to {len(labels):,} images"
 
 
-def scored(model, amp, device):
-    """images -> the model's scores or features, float32, in that precision."""
+def scored(model, amp, device, before=lambda: None):
+    """images -> the model's scores, float32, in that precision; `before` is called before each batch."""
     def score(images):
+        before()
         with torch.autocast(device.type, *AUTOCAST[amp]):
             return model(images).float()
     return score
@@ -330,14 +349,14 @@ def scored(model, amp, device):
 # The figures
 # ---------------------------------------------------------------------------------------------------
 
-def draw(panels, path):
+def draw(panels, path, again):
     """Curves into a PNG, if matplotlib is there. panels: [{title, x, y, lines: [(label, xs, ys, their errors or None)], more}]."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        return print(f"the numbers are all there; for the curves, {path}: pip install matplotlib, then the same command with --resume")
+        return print(f"the numbers are all there; for the curves, {path}, pip install matplotlib, then {again}")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels):
         for label, x, y, error in panel["lines"]:
@@ -355,7 +374,7 @@ def draw(panels, path):
 def finish(args, results, panels, says):
     """Draw, and say what there is to see."""
     results.save()
-    draw(panels, os.path.join(args.out, f"{args.name}.png"))
+    draw(panels, os.path.join(args.out, f"{args.name}.png"), "the same command" + (" with --resume" if args.name != "curves" else ""))
     print(f"{says}\nnumbers: {results.path}")
 
 
@@ -376,7 +395,7 @@ def mean_and_error(parts):
 def measured(args, place, settings, chunk, prepare, labelled=False):
     """What four of the figures share: every run is shown the same images, `chunk` at once -> results, [(label, its numbers)].
 
-    prepare(run, data, rows) -> look(views, labels, first), a part of the answer as JSON values; numbers(parts), the answer.
+    prepare(run, data, results) -> look(views, labels, first), a part of the answer as JSON values; numbers(parts), the answer.
     """
     runs = open_runs(args, place)
     data = pretrain.load_data(runs[0].c, place, "val", labelled=labelled)
@@ -385,14 +404,17 @@ def measured(args, place, settings, chunk, prepare, labelled=False):
     for run in runs:
         if not results.has(run):
             run.c["channels"] = data.channels
-            look, numbers = prepare(run, data, rows)
+            try:
+                look, numbers = prepare(run, data, results)
+            except BadRequest as error:
+                raise BadRequest(f"{run.label}: {error}")
             results.done(run, numbers(results.over_images(run, data, rows, chunk, run.c["img_size"], look, place)))
     return results, [(run.label, results.all["runs"][run.label]) for run in runs]
 
 
 def of_maps(args, place, value):
     """value(map) of every block's output, its mean and standard error over images."""
-    def prepare(run, data, rows):
+    def prepare(run, data, results):
         model = finetune.load_model(run.c, run.state, place)[0].eval()
 
         def look(views, labels, first):
@@ -409,24 +431,33 @@ def depths(values):
 
 def fourier(args, place):
     results, runs = of_maps(args, place, log_amplitude)
-    last = [(label, [block[-1] for block in r["mean"]], [block[-1] for block in r["error"]]) for label, r in runs]
-    panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks", y=r"$\Delta$ log amplitude, highest frequency less 0",
-                   lines=[(label, depths(high), high, error) for label, high, error in last]),
-              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest", y="log amplitude less that at 0",
-                   lines=[(label, [k / max(1, len(r["mean"][-1]) - 1) for k in range(len(r["mean"][-1]))], r["mean"][-1], r["error"][-1]) for label, r in runs])]
+    high, whole = [], []
+    for label, r in runs:
+        blocks = [x for x in zip(depths(r["mean"]), r["mean"], r["error"]) if len(x[1]) > 1]   # a map of one row has no frequencies
+        if not blocks:
+            raise BadRequest(f"{label}: maps one patch high have no frequencies: choose a larger --img_size")
+        high.append((label, [d for d, _, _ in blocks], [mean[-1] for _, mean, _ in blocks], [error[-1] for _, _, error in blocks]))
+        _, mean, error = blocks[-1]
+        whole.append((label, [k / (len(mean) - 1) for k in range(len(mean))], mean, error))
+    panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks", y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high),
+              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest", y="log amplitude less that at 0", lines=whole)]
+    left = [f"{label} {len(r['mean']) - len(x)}" for (label, r), (_, x, _, _) in zip(runs, high) if len(x) < len(r["mean"])]
     finish(args, results, panels, "Lower is smoother: the more negative, the more a block's maps have been low-pass filtered; white noise has 0. A2 found that masked "
            "modelling and inpainting filter more than contrastive or supervised training (ResNet-50, Fig. 3a). Last block: " +
-           "; ".join(f"{label} {high[-1]:.2f} ± {error[-1]:.2f}" for label, high, error in last) + ". Mean over blocks: " +
-           "; ".join(f"{label} {sum(high) / len(high):.2f}" for label, high, _ in last) + ".")
+           "; ".join(f"{label} {y[-1]:.2f} ± {error[-1]:.2f}" for label, _, y, error in high) + ". Mean over blocks: " +
+           "; ".join(f"{label} {sum(y) / len(y):.2f}" for label, _, y, _ in high) + "." + (f" Left out, maps one position high: {', '.join(left)} blocks." if left else ""))
 
 
 def variance(args, place):
     results, runs = of_maps(args, place, spatial_variance)
-    lines = [(label, depths(r["mean"]), [block[0] for block in r["mean"]], [block[0] for block in r["error"]]) for label, r in runs]
+    lines = []
+    for label, r in runs:                                       # a map of one position does not vary
+        blocks = [(d, mean[0], error[0]) for d, mean, error in zip(depths(r["mean"]), r["mean"], r["error"]) if mean[0] > 0]
+        lines.append((label, *([x[i] for x in blocks] for i in range(3))))
     finish(args, results, [dict(title="Variance of the feature maps", x="depth, block / blocks", y="spatial variance, mean over channels", lines=lines, more=dict(yscale="log"))],
            "How much a block's maps differ from place to place. A2 found that masked modelling lowers it and other pre-training raises it (ResNet-50, Fig. 3b); the "
            "scale of a network's features counts too, so compare one architecture's curves by their course. First and last block: " +
-           "; ".join(f"{label} {y[0]:.3g}, {y[-1]:.3g}" for label, _, y, _ in lines) + ".")
+           "; ".join(f"{label} {r['mean'][0][0]:.3g}, {r['mean'][-1][0]:.3g}" for label, r in runs) + ".")
 
 
 def grid_of(c):
@@ -441,10 +472,10 @@ def judged(runs):
 def occlude(args, place):
     ratios = RATIOS[:-1]
 
-    def prepare(run, val, rows):
+    def prepare(run, val, results):
         model, kind = classifier(run, val, args, place)
-        classify, grid = scored(model, run.c["amp"], place.device), grid_of(run.c)
-        base = mean_colour(val, rows, run, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
+        classify, grid = scored(model, run.c["amp"], place.device, results.heed), grid_of(run.c)
+        base = mean_colour(val, run, args.seed, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
 
         def look(views, labels, first):
             hits = occlusion(classify, views, labels, run.c["patch_size"], base, ratios, args.repeats, seeded(args.seed, HIDDEN, first))
@@ -456,7 +487,7 @@ def occlude(args, place):
             return dict(classifier=kind, images=seen, patches=math.prod(grid), dropped=[int(degrade.random_mask(1, grid, r).sum()) for r in ratios],
                         top1=top1.tolist(), mean=top1.mean(1).tolist(), deviation=top1.std(1).tolist() if args.repeats > 1 else None)
         return look, numbers
-    results, runs = measured(args, place, dict(repeats=args.repeats, fill=args.fill), 128, prepare, labelled=True)
+    results, runs = measured(args, place, dict(repeats=args.repeats, fill=args.fill, fitted="all" if args.paper else FIT), 128, prepare, labelled=True)
     lines = [(label, [k / r["patches"] for k in r["dropped"]], r["mean"], r["deviation"]) for label, r in runs]
     half = [min(range(len(x)), key=lambda i: abs(x[i] - 0.5)) for _, x, _, _ in lines]
     finish(args, results, [dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped", y="top-1 accuracy, %", lines=lines)],
@@ -470,13 +501,13 @@ def interact(args, place):
     if args.amp == "auto":                                      # a difference of four scores: where it is small, bf16 rounds it away
         args.amp = "off"
 
-    def prepare(run, val, rows):
+    def prepare(run, val, results):
         grid, p = grid_of(run.c), run.c["patch_size"]
         n, near = math.prod(grid), near_pairs(grid, args.distance)
         if n < 3 or not len(near):
             raise BadRequest(f"--distance {args.distance}: {grid[0]}x{grid[1]} patches have no such pairs with others about them")
         model, kind = classifier(run, val, args, place)
-        classify, base, orders = scored(model, run.c["amp"], place.device), mean_colour(val, rows, run, place), sorted({round(r * (n - 2)) for r in RATIOS})
+        classify, base, orders = scored(model, run.c["amp"], place.device, results.heed), mean_colour(val, run, args.seed, place), sorted({round(r * (n - 2)) for r in RATIOS})
 
         def look(views, labels, first):                         # one image
             pairs = near[torch.randperm(len(near), generator=seeded(args.seed, PAIRS, first))[:args.pairs]]
@@ -489,16 +520,13 @@ def interact(args, place):
             return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(), J_error=J_error, strength=strength.mean(0).tolist(),
                         context_error=error.mean(0).tolist(), strength_of_image=strength.tolist())
         return look, numbers
-    results, runs = measured(args, place, dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance), 1, prepare, labelled=True)
+    results, runs = measured(args, place, dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance, fitted="all" if args.paper else FIT), 1, prepare, labelled=True)
     lines = [(label, [m / (r["players"] - 2) for m in r["orders"]], r["J"], r["J_error"]) for label, r in runs]
-
-    def share(x, J):                                            # of the strength, that of orders from .05 to .5
-        return 100 * sum(j for a, j in zip(x, J) if 0.04 < a < 0.54) / sum(J)
     noise = [f"{100 * max(e / max(s, 1e-12) for e, s in zip(r['context_error'], r['strength'])):.0f}% ({label})" for label, r in runs]
     finish(args, results, [dict(title="Strength of interactions", x="order m / (n - 2), patches about the pair", y=r"$J^{(m)}$, relative to the mean over orders", lines=lines, more=dict(ylim=(0, None)))],
            "Where a curve is high, the answer depends on two patches together when that share of the others is shown; networks are strong at both ends. A2 found "
-           "that masked modelling strengthens the middle, .05 to .5 (Fig. 1 e, g). Share of all strength in these orders: " +
-           "; ".join(f"{label} {share(x, J):.0f}%" for label, x, J, _ in lines) + f". With {args.contexts} contexts a pair's value has a standard error of up to "
+           "that masked modelling strengthens the middle: .05 to .5 in ViT-S, .1 to .55 in ResNet-50 (Fig. 1 e, g). Share of the area under J there, 45% were it flat: " +
+           "; ".join(f"{label} {share_between(x, J, 0.05, 0.5):.0f}% and {share_between(x, J, 0.1, 0.55):.0f}%" for label, x, J, _ in lines) + f". With {args.contexts} contexts a pair's value has a standard error of up to "
            f"{'; '.join(noise)} of the strength, which lifts the orders between the ends: more --contexts lower it. {judged(runs)}")
 
 
@@ -545,37 +573,36 @@ def reconstruct(args, place):
     """BM Fig. 3, A2 Fig. 5, A3. The mean squared error is that of the loss: of the pixels the task asks for, normalised as its
     targets are; beside it that of the pictures shown, of all pixels in [0, 1].
     """
-    results, sheets, says = Results(args, dict(images=args.images, seed=args.seed, data=args.data)), [], []
+    results, pictures, says = Results(args, dict(images=args.images, seed=args.seed, data=args.data)), [], []
     for label, weights in zip(labels_of(args.runs), args.runs):
         c, state = recovery_of(args, weights, place)
-        data, model = pretrain.load_data(c, place, "val"), recovery_model(c, state, place)
+        run, data, model = Run(label, c, state), pretrain.load_data(c, place, "val"), recovery_model(c, state, place)
         if data.channels != c["channels"]:
             raise BadRequest(f"{weights} recovers images of {c['channels']} channels, those of {c['data']} have {data.channels}: choose another --data")
-        run, rows, size, p = Run(label, c, state, when_written(weights)), choose_images(data, args.images, args.seed), tuple(c["img_size"]), c["patch_size"]
+        rows, size, p, per = choose_images(data, args.images, args.seed), tuple(c["img_size"]), c["patch_size"], c["norm_target"]
 
-        def measure(views, _, first):
-            d, predictions, pictures = pretrain.recover(model, views, c, seeded(args.seed, PICTURE, first))
-            if not first:
-                columns, titles, note = pretrain.picture_columns(d, pictures, c)
-                rows = [slice(a, a + args.rows // 2) for a in (0, args.rows // 2)] if args.rows > 1 else [slice(1)]
-                sheets.append((label, [x[some] for some in rows for x in columns], titles * len(rows), note))
+        def look(views, labels, first):
+            d, predictions, recovered = pretrain.recover(model, views, c, seeded(args.seed, PICTURE, first))
             loss = dict(pretrain.the_loss(c), loss="mse", freq_weight=0.0)
             mse = [losses.recovery_loss(x, model.normalize(d.target), size, p, d.counted, **loss) for x in predictions]
-            shown = [(degrade.paste_visible(x, d, p).clamp(0, 1) - d.target).square().mean() for x in pictures]
+            shown = [(degrade.paste_visible(x, d, p).clamp(0, 1) - d.target).square().mean() for x in recovered]
             return dict(n=len(views), mse=[float(x) for x in mse], shown=[float(x) for x in shown])
-        parts = results.over_images(run, data, rows, 50, tuple(c["view"]), measure, place)
-        n = sum(part["n"] for part in parts)
-        mse, shown = ([sum(part["n"] * part[k][i] for part in parts) / n for i in range(len(parts[0][k]))] for k in ("mse", "shown"))
-        kind = "plain" if c["norm_target"] == "off" else f"normalised per {c['norm_target']}"
-        results.done(run, dict(task=c["task"], images=n, pixels=kind, mse=mse[0], mse_without_token=(mse + [None])[1],
-                               mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=kind != "plain"))
-        says.append(f"{label} {mse[0]:.4f}, {kind}" + (f" (without the mask token {mse[1]:.4f})" if mse[1:] else "") + f", of the pictures shown {shown[0]:.4f}")
-    path = os.path.join(args.out, "reconstruct.png")
-    picture = stacked([picture for label, columns, titles, note in sheets for picture in
-                       (heading(f"{label}: mean squared error {results.all['runs'][label]['mse']:.4f}"), degrade.sheet(columns, titles, note))])
-    pretrain.write_whole(path, lambda file: picture.save(file, format="PNG"))
+        if not results.has(run):
+            parts = results.over_images(run, data, rows, 50, tuple(c["view"]), look, place)
+            n = sum(part["n"] for part in parts)
+            mse, shown = ([sum(part["n"] * part[k][i] for part in parts) / n for i in range(len(parts[0][k]))] for k in ("mse", "shown"))
+            results.done(run, dict(task=c["task"], images=n, normalised_per=per, mse=mse[0], mse_without_token=(mse + [None])[1],
+                                   mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=per != "off"))
+        found = results.all["runs"][label]
+        text = f"{label}: mean squared error {found['mse']:.4f}, " + ("of pixels over ImageNet's deviations" if per == "off" else f"of pixels normalised per {per}")
+        shown = next(views for views, _, _ in data.plain(rows[:args.rows], args.rows, tuple(c["view"]), device=place.device) if views is not None)
+        pictures += [heading(text), pretrain.picture_of(model, shown, c, seeded(args.seed, PICTURE, 0))]
+        says.append(text + (f" (without the mask token {found['mse_without_token']:.4f})" if found["mse_without_token"] is not None else "") +
+                    f", of the pictures shown {found['mse_shown']:.4f}" + (", their patches' mean and contrast borrowed" if found["borrowed"] else ""))
+    path, page = os.path.join(args.out, "reconstruct.png"), stacked(pictures)
+    pretrain.write_whole(path, lambda file: page.save(file, format="PNG"))
     print(f"drawn: {path}\nWhat a task asks for shows in what is blurred. BM found that how well an image is recovered says little of the features: distort and zoom_in have "
-          f"the larger errors, decolor the smallest, and pay the other way round (Fig. 3). Mean squared error over {args.images} images of val, {'; '.join(says)}. Errors of "
+          f"the larger errors, decolor the smallest, and pay the other way round (Fig. 3). Over {args.images} images of val: {'; '.join(says)}. Errors of "
           f"tasks that normalise or hide differently do not compare.\nnumbers: {results.path}")
 
 
@@ -599,31 +626,43 @@ def stacked(pictures):
 
 def log_of(folder):
     """The lines of a run's log.jsonl and its config.json. BadRequest when there is none."""
+    folder = os.path.normpath(folder).removesuffix(os.sep + "checkpoint.pt")
     try:
         with open(os.path.join(folder, "log.jsonl")) as log, open(os.path.join(folder, "config.json")) as config:
-            return [json.loads(line) for line in log if line.endswith("\n")], json.load(config)
+            lines, config = [json.loads(line) for line in log if line.endswith("\n")], json.load(config)
     except (OSError, ValueError) as error:
         raise BadRequest(f"curves takes folders of pretrain.py and finetune.py, and {folder} is none: {error}")
+    if not any("loss" in line for line in lines):
+        raise BadRequest(f"{folder} has no lines in its log yet")
+    return lines, config
+
+
+def behind(config):
+    """(task, epochs) of the pre-training that a fine-tuned run began with, however many fine-tunings ago. BadRequest when its
+    log is not there.
+    """
+    while config["weights"] != "none":
+        lines, config = log_of(config["weights"])
+        if "task" in config:
+            return config["task"], lines[-1]["epoch"]
+    return "none", 0.0
 
 
 def curves(args, _):
     """BM Fig. 2: loss against epochs; of fine-tuned runs the accuracy instead; and BM Fig. 5: their last accuracy against
     the epochs of pre-training behind it.
     """
-    found, paid = {}, {}
+    found, paid, unknown = {}, {}, []
     for label, folder in zip(labels_of(args.runs), args.runs):
         lines, config = log_of(folder)
-        curve = {k: [[line["epoch"], line[k]] for line in lines if k in line] for k in ("loss", "top1")}
-        if not curve["loss"]:
-            raise BadRequest(f"{folder} has no lines in its log yet")
-        found[label] = dict(curve, task=config.get("task"), weights=config["weights"])
-        if curve["top1"] and config["weights"] == "none":
-            found[label].update(pretraining="none", pretraining_epochs=0.0)
-        elif curve["top1"] and os.path.isdir(config["weights"]):
-            earlier = log_of(config["weights"])[1]
-            found[label].update(pretraining=earlier.get("task"), pretraining_epochs=earlier["total_steps"] * earlier["batch_size"] / earlier["images"])
-        if "pretraining" in found[label]:
-            paid.setdefault(found[label]["pretraining"], []).append((found[label]["pretraining_epochs"], curve["top1"][-1][1]))
+        run = found[label] = {k: [[line["epoch"], line[k]] for line in lines if k in line] for k in ("loss", "top1")}
+        run.update(task=config.get("task"), weights=config["weights"])
+        if run["top1"]:
+            try:
+                run["pretraining"], run["pretraining_epochs"] = behind(config)
+                paid.setdefault(run["pretraining"], []).append((run["pretraining_epochs"], run["top1"][-1][1]))
+            except BadRequest:
+                unknown.append(label)
     results = Results(args, {})
     results.all["runs"] = found
     panels = [dict(title=title, x="epochs", y=y, lines=[(label, *zip(*run[k]), None) for label, run in found.items() if run[k] and not (k == "loss" and run["top1"])])
@@ -632,7 +671,8 @@ def curves(args, _):
                        lines=[(task, *zip(*sorted(points)), None) for task, points in paid.items()]))
     last = "; ".join(f"{label} {run['loss'][0][1]:.3f} to {run['loss'][-1][1]:.3f}" + (f", top-1 {run['top1'][-1][1]:.1f}%" if run["top1"] else "") for label, run in found.items())
     finish(args, results, [panel for panel in panels if panel["lines"]], "Losses of different tasks are different quantities: their course compares, their height does not. BM found "
-           f"that the height does not tell which task pays (Fig. 2), and that 50 epochs of zoom_in_mask already pay (Fig. 5). From first to last: {last}.")
+           f"that the height does not tell which task pays (Fig. 2), and that 50 epochs of zoom_in_mask already pay (Fig. 5). From first to last: {last}." +
+           (f" Not in the last panel, for the log of their pre-training is not to be found: {', '.join(unknown)}." if unknown else ""))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -640,48 +680,47 @@ def curves(args, _):
 # ---------------------------------------------------------------------------------------------------
 
 RECOVERY = ("task", "model", "img_size", "patch_size", "decoder", "norm_target")              # of a file of weights alone
-#                what it does                                                      images: default, with --paper (0: all); does --resume
-NAMES = {
-    "reconstruct": (reconstruct, "pictures recovered and their mean squared error", 100, None),
-    "curves": (curves, "loss and accuracy against epochs", None, None),
-    "occlusion": (occlude, "top-1 against the share of patches dropped", 500, 0),
-    "interaction": (interact, "strength of interactions by order", 16, 500),
-    "fourier": (fourier, "high frequencies in the feature maps by depth", 256, 0),
-    "variance": (variance, "spatial variance of the feature maps by depth", 256, 0),
+NAMES = {                                                       # what it does, what it counts by default, and with --paper (0: all)
+    "reconstruct": (reconstruct, "pictures recovered and their mean squared error", dict(images=100), {}),
+    "curves": (curves, "loss and accuracy against epochs", {}, {}),
+    "occlusion": (occlude, "top-1 against the share of patches dropped", dict(images=500, repeats=5), dict(images=0, repeats=5)),
+    "interaction": (interact, "strength of interactions by order", dict(images=16, pairs=8, contexts=6), dict(images=500, pairs=50, contexts=50)),
+    "fourier": (fourier, "high frequencies in the feature maps by depth", dict(images=256), dict(images=0)),
+    "variance": (variance, "spatial variance of the feature maps by depth", dict(images=256), dict(images=0)),
 }
-PAPER = dict(repeats=5, pairs=50, contexts=50)                  # A2 3.1; the code of A2's reference [12]
 
 
 def options():
     p = pretrain.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     names = p.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, (_, about, images, paper) in NAMES.items():
+    for name, (_, about, counts, paper) in NAMES.items():
         q = names.add_parser(name, help=about, description=about, allow_abbrev=False)
         q.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder" + ("" if name == "curves" else ", or a file of weights" + ("" if name == "reconstruct" else ", or none")))
         q.add_argument("--out", default=os.path.join("runs", "analyze"), metavar="DIR", help="default: runs/analyze")
         if name == "curves":
-            q.set_defaults(resume=False)
             continue
+
+        def count(option, what):
+            q.add_argument(f"--{option}", type=int, help=f"{what}; default: {counts[option]}" + (f", with --paper {paper[option] or 'all'}" if paper else ""))
         says = dict(finetune.SAYS, workers=pretrain.DEVICE_SAYS["workers"], data="that of the first run", root="that of the first run, or data")
         pretrain.common_options(q, says, ("data", "root", "download", "model", "img_size", "patch_size", "seed", "device", "amp", "workers"))
         q.set_defaults(data=None, root=None)
-        q.add_argument("--images", type=int, default=images, help=f"of val, chosen by --seed; default: {images}")
+        count("images", "of val, chosen by --seed")
+        q.add_argument("--resume", action="store_true", help="go on with the results in --out, if they are there")
         if name == "reconstruct":
-            q.set_defaults(resume=False)
             q.add_argument("--task", choices=degrade.TASKS, help="of a file of weights alone; default: mask")
             q.add_argument("--decoder", metavar="DEPTHxWIDTHxHEADS", help="of a file of weights alone; MAE's is 8x512x16")
             q.add_argument("--norm_target", choices=("patch", "channel", "off"), help="of a file of weights alone; default: the task's")
             q.add_argument("--rows", type=int, default=8, metavar="N", help="images shown of each run, two a row; default: 8")
             continue
         finetune.weights_options(q)
-        q.add_argument("--resume", action="store_true", help="go on with the results in --out, if they are there")
-        q.add_argument("--paper", action="store_true", help="the paper's counts: " + {"interaction": "500 images, 50 pairs, 50 contexts", "occlusion": "all images, 5 repeats"}.get(name, "all images"))
+        q.add_argument("--paper", action="store_true", help="the paper's counts (A2 3.1; of interactions those of its reference [12]), and linear layers fitted to all training images")
         if name == "occlusion":
-            q.add_argument("--repeats", type=int, default=5, help="draws of the dropped patches; default: 5")
+            count("repeats", "draws of the dropped patches")
             q.add_argument("--fill", choices=("black", "mean"), default="black", help="what dropped patches hold: black, as the tool that A2 used, or the data's mean colour; default: black")
         if name == "interaction":
-            q.add_argument("--pairs", type=int, default=8, help="of each image; default: 8")
-            q.add_argument("--contexts", type=int, default=6, help="sets S of each pair and order; default: 6")
+            count("pairs", "of each image")
+            count("contexts", "sets S of each pair and order")
             q.add_argument("--distance", type=int, default=2, help="rows and columns between the two patches at most; default: 2")
     return p
 
@@ -689,12 +728,14 @@ def options():
 def run(args):
     """One analysis, from the command line's options. Returns the exit code."""
     if args.name != "curves":
-        if vars(args).get("paper"):
-            args.images = NAMES[args.name][3]
-            vars(args).update((k, v) for k, v in PAPER.items() if hasattr(args, k))
-        for name in ("images", "rows", "repeats", "pairs", "contexts", "distance"):
-            if getattr(args, name, 1) < (name == "images" and not vars(args).get("paper") or name != "images"):
-                raise BadRequest(f"--{name} {getattr(args, name)} must be more than 0")
+        least = dict(images=1, rows=1, repeats=1, pairs=1, contexts=2, distance=1)
+        for name, value in vars(args).items():
+            if name in least and value is not None and value < least[name]:
+                raise BadRequest(f"--{name} {value} must be at least {least[name]}")
+        _, _, counts, paper = NAMES[args.name]
+        for name, value in (paper if vars(args).get("paper") else counts).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         pretrain.not_negative(vars(args), "seed", "workers")
     place = pretrain.set_up(getattr(args, "device", "cpu"))
     if place.world > 1:

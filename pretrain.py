@@ -865,26 +865,19 @@ def recover(model, view, c, generator):
     return d, predictions, [model.denormalize(x) for x in pictures]
 
 
-def picture_columns(d, pictures, c):
-    """What draw_picture shows of `recover`: columns (B, C, V, V), their titles, and a note or ""."""
-    p, star = c["patch_size"], "*" if c["norm_target"] != "off" else ""
-    shown = [degrade.paste_visible(pictures[0], d, p)] + (pictures if len(pictures) > 1 else [])
-    titles = ["view", "encoder sees", *(t + star for t in ("recovered", "all predicted", "without token"))][:2 + len(shown)]
-    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if star else ""
-    return [d.target, degrade.seen(d, p), *shown], titles, note
-
-
-def draw_picture(model, data, c, device):
-    """view | what the encoder sees | recovered, of eight images, two a row: a Pillow picture, or None if the
-    prediction is not finite. Where a mask token enters inside the encoder, also | all that is predicted, visible patches
-    too | the same without the token (A2 Fig. A3).
+def picture_of(model, view, c, generator):
+    """view | what the encoder sees | recovered, of the images (B, C, *c["view"]), two a row: a Pillow picture, or None if
+    the prediction is not finite. Where a mask token enters inside the encoder, also | all that is predicted, visible
+    patches too | the same without the token (A2 Fig. A3).
     """
-    view = data.picture_views(8, tuple(c["view"])).to(device)
     view = view[:len(view) // 2 * 2] if len(view) > 1 else view.expand(2, -1, -1, -1)
-    d, predictions, pictures = recover(model, view, c, seeded(c["seed"], PICTURE))
+    d, predictions, pictures = recover(model, view, c, generator)
     if not predictions[0].isfinite().all():
         return None
-    columns, titles, note = picture_columns(d, pictures, c)
+    p, star = c["patch_size"], "*" if c["norm_target"] != "off" else ""
+    columns = [d.target, degrade.seen(d, p), degrade.paste_visible(pictures[0], d, p)] + (pictures if len(pictures) > 1 else [])
+    titles = ["view", "encoder sees", *(t + star for t in ("recovered", "all predicted", "without token"))][:len(columns)]
+    note = "* each patch's mean and contrast are borrowed from the view: the loss asks for neither" if star else ""
     return degrade.sheet([x[rows] for rows in (slice(0, None, 2), slice(1, None, 2)) for x in columns], titles * 2, note)
 
 
@@ -1114,7 +1107,7 @@ def run(args):
         if not main:
             return "", {}
         try:
-            picture = draw_picture(model, data, c, device)
+            picture = picture_of(model, data.picture_views(8, tuple(c["view"])).to(device), c, seeded(c["seed"], PICTURE))
         except Failure as error:
             return str(error), {}
         if picture is None:

@@ -29,6 +29,7 @@ def main(argv=None):
     p.add_argument("--table", default=os.path.join("runs", "table1-shapes"), metavar="DIR", help="the --out of tests/table1.py; default: runs/table1-shapes")
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
     args = p.parse_args(argv)
+    import matplotlib                                           # without it there is nothing to put together  # noqa: F401
     out, table = Path(args.out).resolve(), Path(args.table).resolve()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -48,7 +49,7 @@ def main(argv=None):
         go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--steps", max(2, round(500 * args.share)), "--resume",
            "--save_every", max(1, round(100 * args.share)), "--out", after[name])
     made, tuned = list(before.values()), list(after.values())
-    for name, runs in dict(reconstruct=[*made, "--rows", 4], curves=[*made, *tuned], occlusion=[*tuned, "--resume"], interaction=[*tuned, "--resume"],
+    for name, runs in dict(reconstruct=[*made, "--rows", 4, "--resume"], curves=[*made, *tuned], occlusion=[*tuned, "--resume"], interaction=[*tuned, "--resume"],
                            fourier=[*made, "none", "--resume"], variance=[*made, "none", "--resume"]).items():
         go("analyze.py", name, *runs, "--out", out)
     sheet(out)

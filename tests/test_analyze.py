@@ -104,6 +104,22 @@ def test_eq_2_averages_to_one_and_its_error_is_the_jackknife():
     assert analyze.relative_strength(strength[:1])[1] is None
 
 
+def test_the_share_between_two_orders():
+    """45% of a flat curve on any grid of orders; of a straight line by hand."""
+    for x in ([0, 0.5, 1], [0, 0.07, 0.2, 0.36, 0.93, 1]):
+        assert analyze.share_between(x, [2] * len(x), 0.05, 0.5) == pytest.approx(45)
+    assert analyze.share_between([0, 1], [0, 1], 0.1, 0.55) == pytest.approx(100 * (0.55 ** 2 - 0.1 ** 2))
+
+
+def test_the_mean_colour_is_the_data_s():
+    """Of 1,000 images from anywhere in the set, each channel's."""
+    images = torch.zeros(3000, 3, 4, 4, dtype=torch.uint8)
+    images[1000:] = torch.tensor([30, 60, 90], dtype=torch.uint8).view(3, 1, 1)                # sorted, as by class
+    run = analyze.Run("", dict(img_size=[4, 4], test_crop=1.0, workers=0), None)
+    colour = analyze.mean_colour(pretrain.MemorySet(images, None, PLACE.device), run, 0, PLACE)
+    np.testing.assert_allclose(colour, np.array([20, 40, 60]) / 255, rtol=0.1)
+
+
 def test_log_odds_by_hand():
     """log p / (1 - p) of softmax, and no infinity where p rounds to one."""
     scores, labels = torch.tensor([[1.0, 2.0, 0.5], [100.0, 0.0, -5.0]]), torch.tensor([1, 0])
@@ -288,7 +304,7 @@ def test_interaction_of_real_runs(do):
         assert run["players"] == 16 and run["orders"] == [0, 1, 3, 4, 6, 7, 8, 10, 11, 13, 14]
         assert np.mean(run["J"]) == pytest.approx(1) and len(run["J_error"]) == 11 and len(run["strength_of_image"]) == 3
         assert run["context_error"][0] == run["context_error"][-1] == 0 < run["context_error"][4]
-    assert "Share of all strength in these orders: tuned" in said
+    assert "45% were it flat: tuned" in said
 
 
 def test_reconstruct_is_the_loss_of_the_run(do, made):
@@ -334,7 +350,7 @@ def test_a_file_of_weights_alone_is_reconstructed(do, made, tmp_path, labelled):
     assert code == 0, wrong
     assert found["runs"]["mae.pth"]["task"] == "mask" and not found["runs"]["mae.pth"]["borrowed"]
     torch.save(models.export(state["model"]), tmp_path / "vit.pth")
-    code, _, wrong, _ = do("reconstruct", tmp_path / "vit.pth", *TINY, *more)
+    code, _, wrong, _ = do("reconstruct", tmp_path / "vit.pth", *TINY, *more, out=tmp_path / "other")
     assert code == 2 and "vit.pth recovers no image, it lacks decoder_pred.weight" in wrong
     assert do("fourier", tmp_path / "vit.pth", *TINY, *more)[0] == 0
 
@@ -345,12 +361,24 @@ def test_curves_are_the_log_s(do, made):
     lines = [json.loads(line) for line in (made / "zoom" / "log.jsonl").open()]
     assert found["runs"]["zoom"]["loss"] == [[x["epoch"], x["loss"]] for x in lines] and found["runs"]["resnet"]["task"] == "a2mim"
     tuned = found["runs"]["tuned"]
-    assert len(tuned["top1"]) == 2 and tuned["pretraining"] == "zoom_in_mask" and tuned["pretraining_epochs"] == pytest.approx(4 * 8 / 36)
+    assert len(tuned["top1"]) == 2 and tuned["pretraining"] == "zoom_in_mask" and tuned["pretraining_epochs"] == pytest.approx(4 * 8 / 36, abs=1e-4)
     assert "pretraining" not in found["runs"]["zoom"]
 
 
-def test_stopped_and_resumed_equals_never_stopping(made, tmp_path, do):
-    argv = ["--images", 40, "--pairs", 4, "--contexts", 3, "--workers", 0]
+def test_pre_training_is_found_behind_several_fine_tunings(do, made, labelled, tmp_path):
+    """And by its checkpoint's path; where its log is gone, that is said."""
+    again = ["--steps", "2", "--batch_size", "4", "--workers", "0", "--amp", "off", "--data", str(labelled)]
+    for weights, out in ((made / "tuned" / "checkpoint.pt", "twice"), (tmp_path / "twice", "thrice")):
+        assert pretrain.command(finetune.run, finetune.options, ["--weights", str(weights), *again, "--out", str(tmp_path / out)]) == 0
+    found = do("curves", tmp_path / "thrice")[3]["runs"]["thrice"]
+    assert found["pretraining"] == "zoom_in_mask" and found["pretraining_epochs"] == pytest.approx(4 * 8 / 36, abs=1e-4)
+    shutil.rmtree(tmp_path / "twice")
+    code, said, _, _ = do("curves", tmp_path / "thrice")
+    assert code == 0 and "the log of their pre-training is not to be found: thrice" in said
+
+
+def test_stopped_and_resumed_equals_never_stopping(made, tmp_path, do, monkeypatch):
+    argv = ["--pairs", 4, "--contexts", 3, "--workers", 0]
     code, _, _, whole = do("interaction", "tuned", *argv, out=tmp_path / "whole")
     assert code == 0
     slow = f"import sys; sys.path.insert(0, {str(analyze.os.path.dirname(analyze.__file__))!r}); import analyze, pretrain, time\nold = analyze.interactions\n" \
@@ -361,17 +389,19 @@ def test_stopped_and_resumed_equals_never_stopping(made, tmp_path, do):
     for line in job.stdout:
         if "at work" in line:
             break
-    time.sleep(1)
+    time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     assert job.wait() == 143
-    parts = json.loads((tmp_path / "part" / "interaction.json").read_text())["parts"]["tuned"]
-    assert 0 < len(parts) < 40
+    done = len(json.loads((tmp_path / "part" / "interaction.json").read_text())["parts"]["tuned"]["found"])
+    assert 0 < done < 13
     code, _, wrong, _ = do("interaction", "tuned", *argv, out=tmp_path / "part")
-    assert code == 2 and "is not finished: --resume goes on with it" in wrong
+    assert code == 2 and "is there already: --resume goes on with it" in wrong
     code, _, wrong, _ = do("interaction", "tuned", *argv[:-2], "--workers", 0, "--seed", 5, "--resume", out=tmp_path / "part")
     assert code == 2 and "was made with seed 0, this command asks for 5" in wrong
+    seen, real = [], analyze.interactions
+    monkeypatch.setattr(analyze, "interactions", lambda *a: seen.append(0) or real(*a))
     code, _, _, found = do("interaction", "tuned", *argv, "--resume", out=tmp_path / "part")
-    assert code == 0 and found["runs"]["tuned"]["J"] == whole["runs"]["tuned"]["J"]
+    assert code == 0 and found["runs"]["tuned"]["J"] == whole["runs"]["tuned"]["J"] and len(seen) == 13 - done
 
 
 def test_resume_measures_only_what_is_new(do, made, monkeypatch):
@@ -391,8 +421,8 @@ def test_parts_of_other_weights_are_not_gone_on_with(do, made, tmp_path):
     path = tmp_path / "out" / "variance.json"
     there = json.loads(path.read_text())
     want, stale = there["runs"].pop("zoom"), dict(n=10, sum=[[9.0]] * 6, square=[[90.0]] * 6)
-    for weights_of, mean in ((want["made"], 0.9), (want["made"] - 1, None)):
-        path.write_text(json.dumps(dict(there, parts=dict(zoom=dict(made=weights_of, found=[stale])))))
+    for of, mean in ((want["of"], 0.9), (dict(want["of"], written=1.0), None)):
+        path.write_text(json.dumps(dict(there, runs={}, parts=dict(zoom=dict(of=of, found=[stale])))))
         found = do("variance", "zoom", *TINY, "--resume")[3]["runs"]["zoom"]["mean"]
         assert found == (want["mean"] if mean is None else [[mean]] * 6)
 
@@ -405,7 +435,7 @@ def test_unreadable_images_are_named_and_too_many_of_them_stop(do, made, labelle
     code, _, wrong, found = do("variance", "zoom", "--data", data, "--amp", "off", "--workers", 0)
     assert code == 0 and str(files[0]) in wrong and found["settings"]["images"] == len(files)
     files[1].write_bytes(b"nor this")
-    code, _, wrong, _ = do("variance", "zoom", "--data", data, "--amp", "off", "--workers", 0)
+    code, _, wrong, _ = do("variance", "zoom", "--data", data, "--amp", "off", "--workers", 0, out=tmp_path / "more")
     assert code == 1 and f"more than 1% of {len(files)} images cannot be read" in wrong and str(files[1]) in wrong
 
 
@@ -418,10 +448,80 @@ def test_what_is_not_finite_is_not_written(do, made, tmp_path):
     assert code == 1 and "what was measured is not finite" in wrong and found is None
 
 
+def test_a_run_is_measured_again_where_it_is_another_thing(do):
+    """--resume keeps no numbers of another size, or of random weights of another model."""
+    zoom, none = (do("variance", "zoom", "none", *TINY)[3]["runs"][x] for x in ("zoom", "none"))
+    wide = do("variance", "zoom", *TINY, "--img_size", 32, "--resume")[3]["runs"]
+    assert wide["zoom"]["mean"] != zoom["mean"] and wide["none"] == none
+    assert len(do("variance", "resnet", "none", *TINY, "--resume")[3]["runs"]["none"]["mean"]) == 8 > len(none["mean"])
+
+
+def test_results_that_are_there_are_not_written_over(do):
+    assert do("variance", "zoom", *TINY)[0] == 0
+    code, _, wrong, found = do("variance", "resnet", *TINY)
+    assert code == 2 and "variance.json is there already: --resume goes on with it and adds runs" in wrong and list(found["runs"]) == ["zoom"]
+
+
+def test_a_stopped_reconstruct_goes_on(do, tmp_path):
+    """What its first images gave is not measured again; the picture is made anew."""
+    argv = ["zoom", "--images", 8, "--amp", "off", "--workers", 0, "--rows", 3]
+    want = do("reconstruct", *argv)[3]["runs"]["zoom"]
+    path = tmp_path / "out" / "reconstruct.json"
+    there = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(there, runs={}, parts=dict(zoom=dict(of=want["of"], found=[dict(n=8, mse=[7.0], shown=[6.0])])))))
+    (tmp_path / "out" / "reconstruct.png").unlink()
+    found = do("reconstruct", *argv, "--resume")[3]["runs"]["zoom"]
+    assert (found["mse"], found["mse_shown"]) == (7, 6) and (tmp_path / "out" / "reconstruct.png").exists()
+
+
+def test_files_of_weights_stand_beside_runs_of_another_architecture(do, tmp_path):
+    """--model is a file's; a run says its own."""
+    import torchvision
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "r18.pth")
+    code, _, wrong, found = do("variance", "zoom", tmp_path / "r18.pth", *TINY, "--model", "resnet18")
+    assert code == 0 and [len(r["mean"]) for r in found["runs"].values()] == [6, 8], wrong
+    code, _, wrong, _ = do("variance", "zoom", tmp_path / "r18.pth", *TINY, out=tmp_path / "other")
+    assert code == 2 and "r18.pth: " in wrong
+    code, _, wrong, _ = do("variance", "zoom", *TINY, "--model", "resnet18", out=tmp_path / "third")
+    assert code == 2 and "--model resnet18 is for files of weights alone" in wrong
+
+
+def test_maps_of_one_position_have_no_frequencies(do):
+    code, said, _, found = do("fourier", "resnet", *TINY)       # 32 pixels: the last stage's maps are 1x1
+    assert code == 0 and "Left out, maps one position high: resnet 2 blocks" in said and found["runs"]["resnet"]["mean"][-1] == [0]
+    assert found["runs"]["resnet"]["mean"][-3][-1] < 0
+
+
+@pytest.mark.parametrize("name", ["fourier", "occlusion", "interaction", "curves"])
+def test_curves_are_drawn_with_every_run_in_the_legend(do, made, tmp_path, monkeypatch, name):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    seen = []
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", lambda figure: seen.append([text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]) or close(figure))
+    less = dict(curves=[], interaction=["--images", 2, "--pairs", 2, "--contexts", 2, "--workers", 0]).get(name, TINY)
+    code, said, _, _ = do(name, "tuned", "zoom", *less)
+    assert code == 0 and f"drawn: {tmp_path / 'out' / name}.png" in said and {"tuned", "zoom"} <= set(seen[0])
+    from PIL import Image
+    assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 400
+
+
+@pytest.mark.parametrize("argv, want", [
+    ("interaction x", dict(images=16, pairs=8, contexts=6)), ("interaction x --paper", dict(images=500, pairs=50, contexts=50)),
+    ("interaction x --paper --images 5 --pairs 3", dict(images=5, pairs=3, contexts=50)), ("occlusion x --paper", dict(images=0, repeats=5)),
+    ("occlusion x --repeats 2", dict(images=500, repeats=2)), ("variance x --paper --images 9", dict(images=9))])
+def test_paper_takes_the_paper_s_counts_where_none_is_given(monkeypatch, argv, want):
+    seen = {}
+    for name, (_, *rest) in list(analyze.NAMES.items()):
+        monkeypatch.setitem(analyze.NAMES, name, (lambda args, place: seen.update(vars(args)), *rest))
+    assert pretrain.command(analyze.run, analyze.options, argv.split()) == 0 and want.items() <= seen.items()
+
+
 def test_without_matplotlib_the_numbers_are_written(do, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, said, _, found = do("variance", "zoom", *TINY)
     assert code == 0 and found["runs"]["zoom"]["mean"] and "pip install matplotlib" in said and "drawn" not in said
+    code, said, _, _ = do("curves", "zoom")                     # it has no --resume
+    assert code == 0 and said.splitlines()[0].endswith("pip install matplotlib, then the same command")
     code, said, _, _ = do("reconstruct", "zoom", *TINY)         # a grid of pictures needs none
     assert code == 0 and "reconstruct.png" in said
 
@@ -437,9 +537,10 @@ def test_lower_precision_does_not_change_the_answer(do, tmp_path, name):
 @pytest.mark.parametrize("argv, says", [
     ("fourier nowhere", "no weights at nowhere"),
     ("fourier zoom zoom", "zoom is given twice"),
-    ("fourier zoom --images 0", "--images 0 must be more than 0"),
-    ("interaction tuned --contexts 0", "--contexts 0 must be more than 0"),
-    ("interaction tuned --distance 0", "--distance 0 must be more than 0"),
+    ("fourier zoom zoom/", "zoom is given twice"),
+    ("fourier zoom --images 0", "--images 0 must be at least 1"),
+    ("interaction tuned --contexts 1", "--contexts 1 must be at least 2"),
+    ("interaction tuned --distance 0", "--distance 0 must be at least 1"),
     ("occlusion none --data nothing", "--data nothing is neither a folder nor one of shapes"),
     ("reconstruct none", "no weights at none"),
     ("reconstruct tuned", "tuned recovers no image: give the run of pretrain.py it began with"),
