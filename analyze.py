@@ -703,6 +703,8 @@ def options():
         def count(option, what):
             q.add_argument(f"--{option}", type=int, help=f"{what}; default: {counts[option]}" + (f", with --paper {paper[option] or 'all'}" if paper else ""))
         says = dict(finetune.SAYS, workers=pretrain.DEVICE_SAYS["workers"], data="that of the first run", root="that of the first run, or data")
+        if name == "interaction":
+            says["amp"] = "auto, which is float32 here: bf16 may round interactions away"
         pretrain.common_options(q, says, ("data", "root", "download", "model", "img_size", "patch_size", "seed", "device", "amp", "workers"))
         q.set_defaults(data=None, root=None)
         count("images", "of val, chosen by --seed")
