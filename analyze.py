@@ -199,6 +199,8 @@ class Results:
             if os.path.exists(self.path) and args.name != "curves":                            # a matter of a second
                 with open(self.path) as file:
                     self._take(json.load(file), args.resume)
+            pretrain.write_whole(f"{self.path}.try", lambda file: None)                         # before the work, not after it
+            os.remove(f"{self.path}.try")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadRequest(f"{self.path} cannot be used: {error!r}. Choose another --out, or delete it")
 
@@ -215,7 +217,10 @@ class Results:
             text = json.dumps(self.all, allow_nan=False)
         except ValueError:
             raise pretrain.Failure("what was measured is not finite: try --amp off, or look at the weights")
-        pretrain.write_whole(self.path, lambda file: file.write(text.encode()))
+        try:
+            pretrain.write_whole(self.path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise pretrain.Failure(f"{error}. Make room, or choose another --out")
         self.saved = time.monotonic()
 
     def has(self, run):
@@ -238,7 +243,7 @@ class Results:
         more than 1% of them cannot be read.
         """
         of_run = self.all["parts"].get(run.label)
-        if not of_run or of_run["of"] != run.of():              # other weights by now
+        if not of_run or of_run["of"] != run.of():              # other weights, or sizes, by now
             of_run = self.all["parts"][run.label] = dict(of=run.of(), found=[])
         parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(rows), 1)
         views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device, workers=run.c["workers"])
@@ -380,7 +385,7 @@ def finish(args, results, panels, says):
 
 def sums(per_image):
     """Per-image values, a list over blocks of (B, values) -> JSON: how many, sums, sums of squares."""
-    return dict(n=len(per_image[0]), sum=[x.double().sum(0).tolist() for x in per_image], square=[x.double().square().sum(0).tolist() for x in per_image])
+    return dict(n=len(per_image[0]), sum=[x.cpu().double().sum(0).tolist() for x in per_image], square=[x.cpu().double().square().sum(0).tolist() for x in per_image])
 
 
 def mean_and_error(parts):
@@ -440,7 +445,7 @@ def fourier(args, place):
         _, mean, error = blocks[-1]
         whole.append((label, [k / (len(mean) - 1) for k in range(len(mean))], mean, error))
     panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks", y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high),
-              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest", y="log amplitude less that at 0", lines=whole)]
+              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest", y="log amplitude (natural) less that at 0", lines=whole)]
     left = [f"{label} {len(r['mean']) - len(x)}" for (label, r), (_, x, _, _) in zip(runs, high) if len(x) < len(r["mean"])]
     finish(args, results, panels, "Lower is smoother: the more negative, the more a block's maps have been low-pass filtered; white noise has 0. A2 found that masked "
            "modelling and inpainting filter more than contrastive or supervised training (ResNet-50, Fig. 3a). Last block: " +
@@ -490,9 +495,9 @@ def occlude(args, place):
     results, runs = measured(args, place, dict(repeats=args.repeats, fill=args.fill, fitted="all" if args.paper else FIT), 128, prepare, labelled=True)
     lines = [(label, [k / r["patches"] for k in r["dropped"]], r["mean"], r["deviation"]) for label, r in runs]
     half = [min(range(len(x)), key=lambda i: abs(x[i] - 0.5)) for _, x, _, _ in lines]
-    finish(args, results, [dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped", y="top-1 accuracy, %", lines=lines)],
-           "The longer a curve stays up, the less a network needs any one patch. A2 found that masked modelling keeps most of its accuracy up to 80% dropped where "
-           "training from scratch falls at once (Fig. 1 a, c). Nothing dropped and half dropped: " +
+    finish(args, results, [dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped", y="top-1 accuracy, %", lines=lines, more=dict(ylim=(0, None)))],
+           "The longer a curve stays up, the less a network needs any one patch. A2 found that a ViT-S with masked modelling behind it is robust up to 80% dropped, and from "
+           "scratch is not (Fig. 1 a). Nothing dropped and half dropped: " +
            "; ".join(f"{label} {y[0]:.1f}% and {y[i]:.1f}%, {100 * y[i] / max(y[0], 1e-9):.0f}% of it left" for (label, _, y, _), i in zip(lines, half)) +
            f". {judged(runs)}")
 
@@ -594,15 +599,15 @@ def reconstruct(args, place):
             results.done(run, dict(task=c["task"], images=n, normalised_per=per, mse=mse[0], mse_without_token=(mse + [None])[1],
                                    mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=per != "off"))
         found = results.all["runs"][label]
-        text = f"{label}: mean squared error {found['mse']:.4f}, " + ("of pixels over ImageNet's deviations" if per == "off" else f"of pixels normalised per {per}")
+        text = f"{label}: mean squared error over {found['images']} images {found['mse']:.4f}, " + ("of pixels over ImageNet's deviations" if per == "off" else f"of pixels normalised per {per}")
         shown = next(views for views, _, _ in data.plain(rows[:args.rows], args.rows, tuple(c["view"]), device=place.device) if views is not None)
         pictures += [heading(text), pretrain.picture_of(model, shown, c, seeded(args.seed, PICTURE, 0))]
         says.append(text + (f" (without the mask token {found['mse_without_token']:.4f})" if found["mse_without_token"] is not None else "") +
                     f", of the pictures shown {found['mse_shown']:.4f}" + (", their patches' mean and contrast borrowed" if found["borrowed"] else ""))
     path, page = os.path.join(args.out, "reconstruct.png"), stacked(pictures)
     pretrain.write_whole(path, lambda file: page.save(file, format="PNG"))
-    print(f"drawn: {path}\nWhat a task asks for shows in what is blurred. BM found that how well an image is recovered says little of the features: distort and zoom_in have "
-          f"the larger errors, decolor the smallest, and pay the other way round (Fig. 3). Over {args.images} images of val: {'; '.join(says)}. Errors of "
+    print(f"drawn: {path}\nWhat is recovered is blurred, most where nothing was seen. BM found so even where the encoder sees the whole picture, and the colour task's error far below "
+          f"those of tasks that pay more (Fig. 3); A2, that a good recovery does not make good features (3.3). On images of val: {'; '.join(says)}. Errors of "
           f"tasks that normalise or hide differently do not compare.\nnumbers: {results.path}")
 
 

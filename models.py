@@ -230,7 +230,7 @@ class ViT(Normalized):
 
         Hidden patches are dropped before the projection: nothing of them reaches the encoder.
         after(l, z) -> z stands behind the projection (l = 0, before positions are added) and each block l = 1 .. L: where
-        a mask token enters, and where an analysis looks. kept: (B, 2 L) from drop_path, or None.
+        a mask token enters. kept: (B, 2 L) from drop_path, or None.
         """
         B, C, p, (gh, gw) = images.shape[0], self.channels, self.patch_size, self.grid
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)

@@ -30,7 +30,8 @@ def main(argv=None):
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
     args = p.parse_args(argv)
     import matplotlib                                           # without it there is nothing to put together  # noqa: F401
-    out, table = Path(args.out).resolve(), Path(args.table).resolve()
+    trial = "" if args.share == 1 else f"-{args.share:g}"       # must not be taken for the table
+    out, table = Path(args.out + trial).resolve(), Path(args.table + trial).resolve()
     out.mkdir(parents=True, exist_ok=True)
 
     def go(*command):
@@ -40,9 +41,9 @@ def main(argv=None):
 
     before, after = {}, {}
     for task in ("mask", "zoom_in_mask", "a2mim"):
-        folder, _, command = table1.jobs(argparse.Namespace(data="shapes", root="data", out=table, share=args.share), task, 0)[0]
+        job = folder, _, command = table1.jobs(argparse.Namespace(data="shapes", root="data", out=table, share=args.share), task, 0)[0]
         before[task] = table / folder
-        if not table1.result(before[task]):
+        if not table1.Work.is_of(job, table1.result(before[task])):
             go(*command, "--out", before[task])
     for name in (*before, "none"):
         after[name] = out / f"{name}-tuned"
