@@ -1,6 +1,6 @@
 """How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
 
-    python tests/bench.py                most of it, about fourteen minutes on 2 CPU cores
+    python tests/bench.py                most of it, about twenty minutes on 2 CPU cores
     python tests/bench.py step profile   only these: step a2mim finetune analyze profile degrade input processes attention memory compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
