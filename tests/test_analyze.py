@@ -347,7 +347,12 @@ def test_interaction_of_a_real_run_by_hand(do, made):
     with torch.no_grad():
         for at, others in ((0, lambda i, j: set()), (-1, lambda i, j: set(range(16)) - {i, j})):            # orders 0 and n - 2
             I = np.array([score({*others(i, j), i, j}) - score({*others(i, j), i}) - score({*others(i, j), j}) + score(others(i, j)) for i, j in pairs.tolist()])
-            assert run["strength"][at] == pytest.approx(abs(I).mean(), rel=1e-2, abs=1e-5) and abs(I).mean() > 1.1 * abs(I.mean())
+            assert run["strength"][at] == pytest.approx(abs(I).mean(), rel=1e-2, abs=1e-5)
+
+def test_eq_2_takes_the_magnitude_of_each_pair_before_their_mean(do, monkeypatch):
+    monkeypatch.setattr(analyze, "interactions", lambda f, n, pairs, orders, *_: (torch.tensor([[1.0], [-3.0]]).expand(2, len(orders)), torch.zeros(2, len(orders))))
+    run = do("interaction", "tuned", "--images", 2, "--pairs", 2, "--workers", 0)[3]["runs"]["tuned"]
+    assert run["strength"] == [2] * 11 and run["J"] == [1] * 11
 
 
 def test_reconstruct_is_the_loss_of_the_run(do, made):
