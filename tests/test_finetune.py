@@ -354,8 +354,9 @@ def test_eval_measures_as_the_run_did(of, tmp_path):
     config = json.load(open(tmp_path / "eval/config.json"))
     assert code == 0 and config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
     assert {k: result_of(again)[k] for k in ("top1", "top5", "images")} == {k: result_of(said)[k] for k in ("top1", "top5", "images")}
-    code, again = measured(tmp_path / "run", tmp_path / "other", "--test_size", 0)
-    assert code == 0 and json.load(open(tmp_path / "other/config.json"))["test_size"] == 0
+    argv = ["--weights", str(tmp_path / "run"), "--eval", "--workers", "0", "--amp", "off", "--test_size", "0", "--out", str(tmp_path / "other")]
+    assert pretrain.command(finetune.run, finetune.options, argv) == 0
+    assert json.load(open(tmp_path / "other/config.json"))["test_size"] == 0
 
 
 def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd):

@@ -421,7 +421,7 @@ def test_lower_precision_has_nearly_the_same_curve(task, run, tmp_path):
 
 # resuming --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, steps", [([], 60), (["--task", "a2mim", *RESNET], 20)], ids=["vit", "resnet"])
+@pytest.mark.parametrize("flags, steps", [([], 60), pytest.param(["--task", "a2mim", *RESNET], 20, marks=pytest.mark.slow)], ids=["vit", "resnet"])
 def test_resume_equals_never_stopping_after_kill_9(flags, steps, run, folder, tmp_path):
     """Killed at any moment: the curve and the weights are bit for bit those of a run never killed; each step stands once."""
     assert run(*flags, "--steps", steps, "--log_every", 1, out=tmp_path / "whole")[0] == 0
@@ -493,7 +493,7 @@ def orphans(mark):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize("number, processes", [pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow)])
 def test_sigterm_and_ctrl_c_save_and_leave(number, processes, run, folder, tmp_path):
     """At the end of the step, with exit code 143 or 130, no process left behind; --resume equals never stopping."""
     out = tmp_path / "run"

@@ -60,7 +60,7 @@ def test_the_second_command_is_what_ci_runs():
 def test_the_commands_for_a_folder(text, folder, tmp_path):
     small = SMALL if "resnet" not in text else ["--img_size", "32", "--patch_size", "8", "--batch_size", "8", "--steps", "2"]
     command = next(c for c in COMMANDS if text in c and "nnodes" not in c).replace("/path/to/imagenet", str(folder)).replace("--data photos", f"--data {folder}")
-    done = subprocess.run([*in_this_python(command.replace("=8", "=4")), *small, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*in_this_python(command.replace("=8", "=2")), *small, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(log_of(tmp_path / "run")) == 1
 
