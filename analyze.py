@@ -240,12 +240,12 @@ class Results:
 
     def over_images(self, run, data, rows, chunk, size, look, place):
         """[look(views, labels, first)] for every `chunk` images of `rows`, what is there already not again. Failure when
-        more than 1% of them cannot be read.
+        more than 1% of the set cannot be read.
         """
         of_run = self.all["parts"].get(run.label)
         if not of_run or of_run["of"] != run.of():              # other weights, or sizes, by now
             of_run = self.all["parts"][run.label] = dict(of=run.of(), found=[])
-        parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(rows), 1)
+        parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(data), 1)
         views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device, workers=run.c["workers"])
         for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
             bad_files.meet_few(unread, place)
@@ -272,9 +272,14 @@ class Run(NamedTuple):
         return dict(weights=self.c["weights"], written=written, **{k: self.c.get(k) for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
 
 
+def folder_of(weights):
+    """A run's folder, of its checkpoint's path too."""
+    return os.path.normpath(weights).removesuffix(os.sep + "checkpoint.pt")
+
+
 def labels_of(weights):
     """A short name for each run, of as many of its last folders as tell it from the others."""
-    whole = [os.path.normpath(w).removesuffix(os.sep + "checkpoint.pt") for w in weights]
+    whole = [folder_of(w) for w in weights]
     paths = [w.split(os.sep) for w in whole]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
@@ -631,7 +636,7 @@ def stacked(pictures):
 
 def log_of(folder):
     """The lines of a run's log.jsonl and its config.json. BadRequest when there is none."""
-    folder = os.path.normpath(folder).removesuffix(os.sep + "checkpoint.pt")
+    folder = folder_of(folder)
     try:
         with open(os.path.join(folder, "log.jsonl")) as log, open(os.path.join(folder, "config.json")) as config:
             lines, config = [json.loads(line) for line in log if line.endswith("\n")], json.load(config)

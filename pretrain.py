@@ -910,8 +910,8 @@ class BadFiles:
         return len(bad)
 
     def meet_few(self, bad, place):
-        """meet, of a set that is gone through once. Failure when more than 1% of it, and more than one, cannot be read."""
-        if self.meet(bad) and len(self.why) > 0.01 * max(self.images, 100):
+        """meet, where each file is named once however often it is read. Failure when more than 1% of them cannot be read."""
+        if self.meet(bad) and len(self.why) > 0.01 * self.images:
             raise Failure(f"more than 1% of {self.images} images cannot be read: mend or replace {self.listed(place)}")
 
     def count(self, step, now, before):

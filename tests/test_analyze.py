@@ -479,7 +479,10 @@ def test_parts_of_other_weights_are_not_gone_on_with(do, made, tmp_path):
 def test_unreadable_images_are_named_and_too_many_of_them_stop(do, made, labelled, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(labelled, data)
-    files = sorted((data / "val").rglob("*.png"))
+    for path in list((data / "val").rglob("*.png")):
+        for i in range(9):
+            shutil.copy(path, path.with_name(f"{i}{path.name}"))
+    files = sorted((data / "val").rglob("*.png"))               # 130
     files[0].write_bytes(b"no picture")
     code, _, wrong, found = do("variance", "zoom", "--data", data, "--amp", "off", "--workers", 0)
     assert code == 0 and str(files[0]) in wrong and found["settings"]["images"] == len(files)
