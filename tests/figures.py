@@ -41,10 +41,9 @@ def main(argv=None):
 
     before, after = {}, {}
     for task in ("mask", "zoom_in_mask", "a2mim"):
-        job = folder, _, command = table1.jobs(argparse.Namespace(data="shapes", root="data", out=table, share=args.share), task, 0)[0]
-        before[task] = table / folder
-        if not table1.Work.is_of(job, table1.result(before[task])):
-            go(*command, "--out", before[task])
+        job = table1.jobs(argparse.Namespace(data="shapes", root="data", out=table, share=args.share), task, 0)[0]
+        before[task] = table / job.folder
+        go(*job.argv, "--out", before[task])                    # goes on, or finds that it is done
     for name in (*before, "none"):
         after[name] = out / f"{name}-tuned"
         go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--steps", max(2, round(500 * args.share)), "--resume",

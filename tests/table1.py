@@ -21,8 +21,10 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,7 +36,7 @@ import pretrain
 # labels a class: steps of fine-tuning, of 64 images
 DATA = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500}), "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500})}
 BOLD = ("mask", "zoom_in_mask")                                 # from three seeds, as is none
-DRAWS, PRETRAIN, PROBE = 3, 600, 90                             # PRETRAIN, PROBE: seconds of one core, to foresee the end
+DRAWS, PRETRAIN, PROBE = 3, 600, 60                             # PRETRAIN, PROBE: seconds of one core with bf16, to foresee the end
 # ImageNet top-1 of ViT-B/16 after fine-tuning: BM Table 1 (300 epochs; distort with missing pixels, Table 2), A2 Table 2 (800)
 PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8, decolor=81.4, zoom_in_mask=83.2, simmim=83.8, a2mim=84.2)
 
@@ -58,25 +60,35 @@ def encoders(args):
     return sorted(((t, seed) for t in tasks for seed in range(args.seeds if t in (*BOLD, "none") else 1)), key=lambda e: (e[1], e[0] not in BOLD))
 
 
+class Job(NamedTuple):
+    """One command: the folder it leaves in --out, seconds of one core, the steps it takes (None: a probe), its arguments."""
+    folder: str
+    seconds: float
+    steps: int | None
+    argv: tuple
+
+
 def jobs(args, task, seed):
-    """The commands for one encoder, in order: [(folder, seconds of one core, arguments)]."""
+    """The Jobs for one encoder, in order."""
     d, out, found = DATA[args.data], Path(args.out), []
-    def steps(n):
-        return str(max(1, round(n * args.share)))
-    data = ["--data", args.data, "--root", args.root, "--workers", "0", "--device", "cpu"]
-    sizes = ["--model", "vit_micro", "--img_size", str(d["size"]), "--patch_size", "4"]
-    weights = "none" if task == "none" else str(out / f"pretrain-{task}-{seed}")
+
+    def add(kind, seconds, steps, *argv):
+        steps = steps and max(1, round(steps * args.share))
+        argv = [*argv, "--data", args.data, "--root", args.root, "--model", "vit_micro", "--img_size", d["size"], "--patch_size", 4,
+                "--workers", 0, "--device", "cpu", *(["--steps", steps, "--resume"] if steps else [])]
+        found.append(Job(f"{kind}-{task}-{seed}{more}", seconds, steps, (f"{kind}.py", *map(str, argv))))
+
+    more, weights = "", "none" if task == "none" else out / f"pretrain-{task}-{seed}"
     if task != "none":
         setting = degrade.task_settings(task)
-        n = steps(d["steps"][0 if setting["mask_ratio"] == 0.75 else 1])
-        unit = ["--mask_unit", "1"] if d["size"] // 4 % setting["mask_unit"] else []           # 7 patches have no half
-        found.append((f"pretrain-{task}-{seed}", PRETRAIN, ["pretrain.py", "--task", task, *data, *sizes, *unit, "--batch_size", "128", "--lr", "3e-3", "--steps", n,
-                                                           "--seed", str(seed), "--save_every", "1000", "--resume"]))
-    found.append((f"probe-{task}-{seed}", PROBE, ["probe.py", "--weights", weights, *data, *sizes, "--seed", str(seed)]))
+        unit = ["--mask_unit", 1] if d["size"] // 4 % setting["mask_unit"] else []             # 7 patches have no half
+        add("pretrain", PRETRAIN, d["steps"][0 if setting["mask_ratio"] == 0.75 else 1], "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3,
+            "--save_every", 1000, "--seed", seed)
+    add("probe", PROBE, None, "--weights", weights, "--seed", seed)
     for k, n in d["labels"].items():
         for draw in range(DRAWS):
-            found.append((f"finetune-{task}-{seed}-{k}-{draw}", 10 + n / 6, ["finetune.py", "--weights", weights, *data, *sizes, "--labels", str(k),
-                          "--steps", steps(n), "--save_every", "100000", "--seed", str(DRAWS * seed + draw), "--resume"]))
+            more = f"-{k}-{draw}"
+            add("finetune", 10 + n / 6, n, "--weights", weights, "--labels", k, "--save_every", 100000, "--seed", DRAWS * seed + draw)
     return found
 
 
@@ -97,31 +109,43 @@ class Work:
     """Runs the commands, an encoder on each core, and tells how far it is."""
 
     def __init__(self, args):
-        self.args, self.lock, self.running, self.stopped = args, threading.Lock(), set(), ""
-        self.file, self.results = os.path.join(args.out, "results.json"), {}
-        if os.path.exists(self.file):
-            with open(self.file) as file:
-                self.results = json.load(file)
-        everything = [jobs(args, *e) for e in encoders(args)]
-        self.count, self.left = sum(map(len, everything)), sum(cost for of_one in everything for _, cost, _ in self.open(of_one))
-        self.began, self.worked, self.finished = time.time(), 0.0, self.count - sum(len(self.open(of_one)) for of_one in everything)
+        self.args, self.out, self.lock, self.running, self.stopped = args, Path(args.out), threading.Lock(), {}, ""
+        self.file, self.results = self.out / "results.json", {}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text())
+        self.todo, self.done = [job for e in encoders(args) for job in self.open(*e)], set()
         self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
-        self.everyone = list(self.cores)
+        self.bar = tqdm(total=sum(job.seconds for job in self.todo), initial=sum(map(self.behind, self.todo)), smoothing=0, dynamic_ncols=True,
+                        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, about {remaining} to go{postfix}")
 
-    @staticmethod
-    def is_of(job, found):
+    def is_of(self, job, found):
         """Whether a result is this job's: of as many steps, on the same data."""
-        argv = job[2]
-        asked, data = argv[argv.index("--steps") + 1] if "--steps" in argv else None, argv[argv.index("--data") + 1]
-        return bool(found) and asked in (None, str(found.get("total_steps", found.get("step")))) and found.get("data") in (None, data)
+        return bool(found) and job.steps in (None, found.get("total_steps", found.get("step"))) and found.get("data") in (None, self.args.data)
 
-    def open(self, of_one):
+    def open(self, task, seed):
         """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""
-        todo = [job for job in of_one if not self.is_of(job, self.results.get(job[0]))]
-        first = of_one[0]
-        if todo and first not in todo and first[0].startswith("pretrain") and not self.is_of(first, result(Path(self.args.out) / first[0])):
+        first, *others = jobs(self.args, task, seed)
+        todo = [job for job in others if not self.is_of(job, self.results.get(job.folder))]
+        known = self.is_of(first, self.results.get(first.folder))
+        if not known or todo and task != "none" and not self.is_of(first, result(self.out / first.folder)):
             todo.insert(0, first)
         return todo
+
+    def behind(self, job):
+        """How many of a job's seconds it has behind it, by its log."""
+        if job.folder in self.done:
+            return job.seconds
+        try:
+            last = json.loads((self.out / job.folder / "log.jsonl").read_text().splitlines()[-1])
+            return job.seconds * min(1, last["step"] / job.steps)
+        except (OSError, ValueError, IndexError, KeyError):     # not begun, or a probe, which has no log
+            return 0.0
+
+    def show(self):
+        with self.lock:
+            self.bar.set_postfix_str(", ".join(f"{job.folder} {self.behind(job) / job.seconds:.0%}" for job in self.running), refresh=False)
+            self.bar.update(sum(map(self.behind, self.todo)) - self.bar.n)
+            self.bar.refresh()
 
     def encoder(self, task, seed):
         with self.lock:
@@ -129,46 +153,40 @@ class Work:
         if core is not None:
             os.sched_setaffinity(0, {core})                     # this thread's, so its commands'
         try:
-            for job in self.open(jobs(self.args, task, seed)):
-                if self.stopped or not self.one(*job):
+            for job in self.open(task, seed):
+                if self.stopped or not self.one(job):
                     return
         finally:
             self.cores.append(core)
 
-    def one(self, folder, cost, argv):
+    def one(self, job):
         """Run one command, if it has not been; whether it went well."""
-        out = Path(self.args.out) / folder
-        found = result(out) if self.is_of((folder, cost, argv), result(out)) else None
-        ran = not found
-        if ran:
+        out, code = self.out / job.folder, None
+        if not self.is_of(job, result(out)):
             with open(f"{out}.txt", "w") as log:
                 with self.lock:
                     if self.stopped:
                         return False
-                    job = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log)
-                    self.running.add(job)
-                code = job.wait()
-                self.running.discard(job)
-            found = result(out)
+                    process = subprocess.Popen([sys.executable, *job.argv, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log)
+                    self.running[job] = process
+                code = process.wait()
+        found = result(out)
         with self.lock:
+            self.running.pop(job, None)
             if not found:
-                self.stopped = self.stopped or f"{folder} ended with code {code}: look into {out}.txt"
+                self.stopped = self.stopped or f"{job.folder} ended with code {code}: look into {out}.txt"
                 return False
-            self.results[folder] = {k: v for k, v in found.items() if k not in ("weights", "compared_with")}       # paths
+            self.done.add(job.folder)
+            self.results[job.folder] = {k: v for k, v in found.items() if k not in ("weights", "compared_with")}   # paths
             pretrain.write_whole(self.file, lambda file: file.write(json.dumps(self.results, indent=0).encode()))
-            self.finished, self.left = self.finished + 1, self.left - cost
-            self.worked += cost if ran else 0
-            spent = time.time() - self.began
-            to_go = self.left * (spent / self.worked if self.worked else 1 / len(self.everyone))
-            says = " ".join(f"{k} {found[k]:g}" for k in ("loss", "knn", "linear", "top1") if k in found)
-            print(f"[{self.finished}/{self.count}] {folder}: {says}   {spent / 60:.0f} min, about {to_go / 60:.0f} to go", flush=True)
+            tqdm.write(f"{job.folder}: " + " ".join(f"{k} {found[k]:g}" for k in ("loss", "knn", "linear", "top1") if k in found))
         return True
 
     def stop(self, number=None, frame=None):
         """Every command saves and leaves."""
         self.stopped = "stopped: the same command goes on"
-        for job in list(self.running):
-            job.terminate()
+        for process in list(self.running.values()):
+            process.terminate()
 
 
 def spread(values):
@@ -217,9 +235,14 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     work = Work(args)
     signal.signal(signal.SIGTERM, work.stop), signal.signal(signal.SIGINT, work.stop)
-    print(f"{work.count} commands on {len(work.everyone)} cores, {work.finished} done before, about {work.left / len(work.everyone) / 60:.0f} minutes to go -> {args.out}", flush=True)
-    with concurrent.futures.ThreadPoolExecutor(len(work.everyone)) as pool:
-        list(pool.map(lambda e: work.encoder(*e), encoders(args)))
+    print(f"{len(work.todo)} commands to do on {len(work.cores)} cores -> {args.out}", flush=True)
+    with work.bar, concurrent.futures.ThreadPoolExecutor(len(work.cores)) as pool:
+        waiting = {pool.submit(work.encoder, *e) for e in encoders(args)}
+        while waiting:
+            finished, waiting = concurrent.futures.wait(waiting, timeout=5, return_when=concurrent.futures.FIRST_COMPLETED)
+            work.show()
+            for future in finished:
+                future.result()                                 # what went wrong in a thread is said here
     text = table(work.results, args.data)
     pretrain.write_whole(os.path.join(args.out, "table.md"), lambda file: file.write(text.encode() + b"\n"))
     print(text)

@@ -183,9 +183,10 @@ def test_the_table_is_made_of_commands_that_the_scripts_take(data):
     assert {t for t, _ in encoders} == {*list(table1.degrade.TASKS)[:9], "none"} - ({"decolor"} if data == "fashion_mnist" else set())
     seeds = set()
     for task, seed in encoders:
-        for folder, _, argv in table1.jobs(args, task, seed):
+        for folder, _, steps, argv in table1.jobs(args, task, seed):
             module = dict(pretrain=pretrain, probe=probe, finetune=finetune)[argv[0].removesuffix(".py")]
             got = module.options().parse_args([*argv[1:], "--out", folder])
+            assert vars(got).get("steps") == steps
             if module is pretrain:
                 pretrain.resolve(got, PLACE, 60000, 1 if data == "fashion_mnist" else 3)       # nothing to refuse
             assert got.data == data and folder.startswith(f"{argv[0].removesuffix('.py')}-{task}-{seed}")
@@ -211,15 +212,27 @@ def test_a_stopped_table_goes_on_from_what_it_found(tmp_path):
     """Parts that results.json holds are not run again; pre-training is, only where its weights are gone and needed."""
     args = table1.options().parse_args(["--out", str(tmp_path), "--tasks", "mask", "--seeds", "1"])
     everything = table1.jobs(args, "mask", 0)
-    found = lambda argv, off=0: {"step" if argv[0] == "pretrain.py" else "total_steps": int(argv[argv.index("--steps") + 1]) + off} if "--steps" in argv else dict(knn=1.0)
-    assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything]
-    (tmp_path / "results.json").write_text(json.dumps({f: found(argv) for f, _, argv in everything[:3]}))
-    assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything[:1] + everything[3:]]
-    (tmp_path / "results.json").write_text(json.dumps({f: found(argv) for f, _, argv in everything}))
+
+    def still_open(known, off=0):                               # when results.json holds these
+        found = {job.folder: {"step" if "pretrain" in job.folder else "total_steps": job.steps + off} if job.steps else dict(knn=1.0) for job in known}
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        return table1.Work(args).todo
+    assert still_open([]) == everything and still_open(everything) == []
+    assert still_open(everything[:3]) == everything[:1] + everything[3:]
+    assert still_open(everything, off=-9) == [job for job in everything if job.steps]          # of a trial with fewer steps
+
+
+def test_the_table_tells_how_far_its_commands_are(tmp_path):
+    """By their logs: half of a pre-training, and all of what is done."""
+    args = table1.options().parse_args(["--out", str(tmp_path), "--tasks", "mask", "--seeds", "1"])
+    (tmp_path / "pretrain-mask-0").mkdir()
+    (tmp_path / "pretrain-mask-0/log.jsonl").write_text('{"step": 20}\n{"step": 2100}\n')
     work = table1.Work(args)
-    (tmp_path / "results.json").write_text(json.dumps({f: found(argv, off=-9) for f, _, argv in everything}))        # of a trial with fewer steps
-    assert [f for f, _, _ in table1.Work(args).open(everything)] == [f for f, _, _ in everything if "probe" not in f]
-    assert work.open(everything) == [] and work.finished == work.count == 5 and work.left == 0
+    first, second, *_ = work.todo
+    assert work.bar.initial == work.behind(first) == first.seconds / 2 and work.behind(second) == 0
+    work.running, work.done = {second: None}, {first.folder}
+    work.show()
+    assert work.bar.n == first.seconds and "probe-mask-0 0%" in str(work.bar)
 
 
 @pytest.mark.slow
@@ -228,6 +241,6 @@ def test_a_table_is_made_with_real_runs(tmp_path, capfd):
     argv = ["--out", str(tmp_path), "--tasks", "mask", "none", "--seeds", "1", "--share", "0.002"]
     table1.main(argv)
     said = capfd.readouterr().out
-    assert "9 commands" in said and "[9/9]" in said and "| `mask` | 1 | 1,024 |" in (tmp_path / "table.md").read_text()
+    assert "9 commands to do" in said and "| `mask` | 1 | 1,024 |" in (tmp_path / "table.md").read_text()
     table1.main(argv)
-    assert "9 done before" in capfd.readouterr().out
+    assert "0 commands to do" in capfd.readouterr().out
