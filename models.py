@@ -719,7 +719,8 @@ def main(argv=None):
     if args.export:
         try:
             state = read_weights(args.export[0])
-            torch.save(export(state.get("model", state)), args.export[1])
+            torch.save(export(state.get("model", state)), f"{args.export[1]}.part")
+            os.replace(f"{args.export[1]}.part", args.export[1])                               # whole or not at all
         except (ValueError, OSError, RuntimeError) as error:
             p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")
         return print(f"wrote {args.export[1]}")

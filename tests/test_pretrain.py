@@ -382,6 +382,7 @@ torch.save(dict(norm.state_dict(), low=low.detach(), y=y.detach(), x=x.grad, wei
         assert torch.allclose(a[name], value, rtol=1e-5) and torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """DDP over Gloo, in float64: gradients of two processes of batch 2 equal those of one of 4, to rounding."""
     code = """
@@ -421,7 +422,7 @@ def test_lower_precision_has_nearly_the_same_curve(task, run, tmp_path):
 
 # resuming --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, steps", [([], 60), pytest.param(["--task", "a2mim", *RESNET], 20, marks=pytest.mark.slow)], ids=["vit", "resnet"])
+@pytest.mark.parametrize("flags, steps", [([], 20), pytest.param(["--task", "a2mim", *RESNET], 20, marks=pytest.mark.slow)], ids=["vit", "resnet"])
 def test_resume_equals_never_stopping_after_kill_9(flags, steps, run, folder, tmp_path):
     """Killed at any moment: the curve and the weights are bit for bit those of a run never killed; each step stands once."""
     assert run(*flags, "--steps", steps, "--log_every", 1, out=tmp_path / "whole")[0] == 0

@@ -12,7 +12,6 @@ import models
 import pretrain
 import probe
 import table1
-from conftest import script
 
 PLACE = pretrain.Place(0, 1, torch.device("cpu"))
 
@@ -166,9 +165,10 @@ def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says,
     assert code == 2 and says in complaint and len(complaint.strip().splitlines()) == 1
 
 
-def test_several_processes_are_refused(labelled, tmp_path):
-    job = script("--data", labelled, "--out", tmp_path, processes=2, name="probe.py")
-    assert "probe.py is one process, and torchrun started 2" in job.communicate(timeout=100)[0]
+def test_several_processes_are_refused(of, monkeypatch):
+    monkeypatch.setattr(pretrain, "set_up", lambda device: PLACE._replace(world=2))
+    code, _, complaint = of(probe)
+    assert code == 2 and "probe.py is one process, and torchrun started 2" in complaint
 
 
 # ---------------------------------------------------------------------------------------------------
