@@ -298,7 +298,7 @@ def open_runs(args, place):
                 setattr(own, name, first[name])
         state = finetune.open_weights(own)
         own.model = own.model or args.model                     # a run says its own, a file of weights alone does not
-        if args.data is None and first and not isinstance((state or {}).get("config"), dict):
+        if args.data is None and first and not (state or {}).get("config"):
             own.data, own.root = first["data"], first["root"]
         if args.data is None and first and own.data != first["data"]:
             raise BadRequest(f"{first['weights']} is of {first['data']}, {weights} of {own.data}: say which images with --data")
@@ -332,8 +332,8 @@ def classifier(run, val, args, place):
     """
     c, classes, weights = run.c, len(val.classes), {} if run.state is None else models.tensors(run.state)
     head = weights.get("fc.weight" if c["model"] in models.RESNETS else "head.weight")
-    if head is not None and len(head) == classes and (run.state.get("config") or {}).get("classes", val.classes) == val.classes:
-        model, loaded = finetune.load_model(c, run.state, place, classes)
+    if head is not None and len(head) == classes and run.state["config"].get("classes", val.classes) == val.classes:
+        model, loaded = finetune.load_model(c, run.state, place, classes, keep_head=True)
         if not loaded.missing:
             return model.eval(), "its own classifier"
     model = finetune.load_model(c, run.state, place)[0].eval().requires_grad_(False)

@@ -9,7 +9,8 @@ sections 5.2, A.1, Table A2.
     python finetune.py --weights FINE_TUNED_RUN --eval                                only measure
 
 Labelled images are DIR/train/<class>/... and DIR/val/<class>/..., or a set by name. --weights takes a run of pretrain.py
-(model, sizes and data are then that run's), a file with timm's, MAE's or torchvision's names, or none. The loop, data,
+(model, sizes and data are then that run's; a ResNet's size on a folder is the recipe's), a file with timm's, MAE's or
+torchvision's names, or none; a classifier in it is left behind, but by --eval. The loop, data,
 processes, precision, checkpoints and exit codes are pretrain.py's. A run leaves checkpoint.pt, log.jsonl, config.json,
 confusion.png and result.json, one line that is also printed last.
 """
@@ -50,7 +51,8 @@ RECIPES = {
 SAYS = dict(
     pretrain.DEVICE_SAYS, data="that of the run in --weights, or shapes", root="that of the run in --weights, or ./data",
     model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
-    img_size="that of the run in --weights, for a ResNet by rsb_a3 160; else 224 or 32, for a ResNet 64", patch_size="that of the run in --weights, or 16 or 4",
+    img_size="that of the run in --weights (of a ResNet on a folder the recipe's, 160 or 224); else 224 or 32, for a ResNet 64",
+    patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8",
     epochs="100 (rsb_a2 300), 50 (small)", batch_size="1024 (deit), 2048 (rsb), 64 (small)", lr="2.5e-4 (deit), 1e-3, 1.5e-3 (rsb_a3, rsb_a2), 8e-3 (small)",
     weight_decay="0.05 (rsb 0.02)", betas="0.9 0.999", clip="5 (rsb 0)", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
     crop="0.08 1 (small 0.8 1)", save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost",
@@ -236,22 +238,23 @@ def confusion_picture(confusion, classes):
     return picture
 
 
+def write_confusion(c, confusion, classes):
+    """confusion.png in --out. Failure when it cannot be written."""
+    picture = confusion_picture(confusion, classes)
+    try:
+        pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
+    except OSError as error:
+        raise Failure(str(error))
+
+
 def make_folder(c, place):
-    """--out, with config.json in it, by rank 0: before the work, not after. BadRequest for every process when it cannot be, or
-    holds a training run.
+    """--out for a measurement, before the work and not after it. BadRequest for every process when it cannot be written to,
+    or holds a training run.
     """
-    trouble = ""
-    if place.rank == 0 and os.path.exists(os.path.join(c["out"], "checkpoint.pt")):
-        trouble = f"{c['out']} holds a run with its own result: choose another --out"
-    elif place.rank == 0:
-        try:
-            os.makedirs(c["out"], exist_ok=True)
-            config = json.dumps({**c, **pretrain.provenance()}, indent=1)
-            pretrain.write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
-        except OSError as error:
-            trouble = f"--out {c['out']} cannot be written to: {error}"
-    if agree([float(bool(trouble))], place)[0]:
-        raise BadRequest(trouble)
+    there = place.rank == 0 and os.path.exists(os.path.join(c["out"], "checkpoint.pt"))
+    if agree([float(there)], place)[0]:
+        raise BadRequest(f"{c['out']} holds a run with its own result: choose another --out" if there else "")
+    pretrain.open_folder(c, place)
 
 
 def baseline(c, figures, settings):
@@ -263,7 +266,7 @@ def baseline(c, figures, settings):
             if other["weights"] == "none" and other["settings"] == settings:
                 out = os.path.join(os.path.dirname(c["out"]), os.path.basename(os.path.dirname(path)))
                 return dict(weights="none", out=out, **{k: other[k] for k in figures})
-    asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k in ("model", "data", "img_size", "patch_size", "pool", "labels", "seed") for v in [c.get(k)] if v is not None)
+    asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k in ("model", "data", "img_size", "test_size", "patch_size", "pool", "labels", "seed") for v in [c.get(k)] if v is not None)
     return dict(weights="none", missing=f"{c['script']}.py --weights none {asked}, and what else this command was given")
 
 
@@ -322,16 +325,24 @@ MEASURED = ("recipe", "test_size", "test_crop")                 # what --eval ta
 
 def open_weights(args):
     """--weights as a dict of what the file holds, or None; and args' model, sizes and data those of its run where they
-    were not given. BadRequest when it cannot be read.
+    were not given. state["config"] is a run's of ours, or {}. BadRequest when it cannot be read, unless a checkpoint in --out
+    is gone on with, which holds all weights.
     """
     state, config, measuring = None, {}, vars(args).get("eval")
     if args.weights != "none":
         args.weights = os.path.normpath(args.weights)
-        try:
-            state = models.read_weights(args.weights)
-        except ValueError as error:
-            raise BadRequest(str(error))
-        config = state["config"] if isinstance(state.get("config"), dict) else {}
+        path = None if measuring or not vars(args).get("resume") else pretrain.going_on(vars(args))
+        if path:
+            config = pretrain.load_checkpoint(path)["config"]
+        else:
+            try:
+                state = models.read_weights(args.weights)
+            except ValueError as error:
+                raise BadRequest(str(error))
+            config = state.get("config")
+            if not (isinstance(config, dict) and config.get("model") in models.MODELS and isinstance(config.get("img_size"), list)):
+                config = {}                                     # others' files may hold anything there
+            state = dict(state, config=config)
     for name in ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(MEASURED if measuring else ())):
         if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes") and not measuring:
             continue                                            # a ResNet takes any size: the recipe's (RSB A3 trains at 160)
@@ -358,8 +369,8 @@ def labelled_data(args, place):
 
 def folder_name(script, c):
     """SCRIPT-WEIGHTS-DATA[-LABELS][-SEED], what a run's folder is called after."""
-    base = os.path.basename(c["weights"].removesuffix(os.sep + "checkpoint.pt"))
-    base = f"none-{c['model']}" if c["weights"] == "none" else base if os.path.isdir(c["weights"]) else os.path.splitext(base)[0]
+    folder = c["weights"].removesuffix(os.sep + "checkpoint.pt")
+    base = f"none-{c['model']}" if c["weights"] == "none" else os.path.basename(folder if os.path.isdir(folder) else os.path.splitext(folder)[0])
     more = [str(c["labels"])] if c.get("labels") else []
     return "-".join([script, base, os.path.basename(c["data"]), *more, *([f"seed{c['seed']}"] if c["seed"] else [])])
 
@@ -380,16 +391,21 @@ def recipe_of(name, data, model):
     return recipe
 
 
+def refuse_for_resnet(args):
+    """BadRequest for what only a ViT has."""
+    if args.model in models.RESNETS and args.relative_positions:
+        raise BadRequest(f"relative positions are a ViT's: {args.model} has no attention")
+    if args.model in models.RESNETS and args.pool:
+        raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
+
+
 def choose_recipe(args, script):
     """The command line with its recipe's values, as a dict, and the recipe. BadRequest for what does not go together."""
     resnet = args.model in models.RESNETS
     name = args.recipe or ("small" if is_small(args.data) else "rsb_a3" if resnet else "deit")
     if name == "deit" and resnet or name.startswith("rsb") and not resnet:
         raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s: add --model {'vit_base, or another ViT' if resnet else 'resnet50, or another ResNet'}")
-    if resnet and args.relative_positions:
-        raise BadRequest(f"relative positions are a ViT's: {args.model} has no attention")
-    if resnet and args.pool:
-        raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
+    refuse_for_resnet(args)
     c, recipe = dict(vars(args), recipe=name, script=script), recipe_of(name, args.data, args.model)
     if c["img_size"] and c["test_size"] is None:
         c["test_size"] = 0                                      # a size that was asked for is what is measured too
@@ -427,16 +443,17 @@ def resolve(args, place, data, measured):
     return c
 
 
-def load_model(c, state, place, classes=0):
-    """The encoder of c with a fresh head for so many classes (0: none), `state` loaded into it. -> model, models.Loaded or
-    None. BadRequest when they do not suit each other.
+def load_model(c, state, place, classes=0, keep_head=False):
+    """The encoder of c with a fresh head for so many classes (0: none), `state` loaded into it, its head too only with
+    keep_head. -> model, models.Loaded or None. BadRequest when they do not suit each other.
     """
     torch.manual_seed(c["seed"])
     try:
         model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"], c["pool"] or "mean")
         if classes and c["model"] in models.VITS:
             nn.init.trunc_normal_(model.head.weight, std=2e-5)  # MAE's, so that fine-tuning begins with the encoder's features
-        report = None if state is None else models.load_weights(model, state)
+        weights = None if state is None else {k: v for k, v in models.tensors(state).items() if keep_head or not k.startswith(("head.", "fc."))}
+        report = None if state is None else models.load_weights(model, weights)
     except ValueError as error:
         raise BadRequest(str(error))
     return models.to_device(model, place.device), report
@@ -485,13 +502,13 @@ def measure_only(args, state, place):
     if head not in weights or len(weights[head]) != classes:
         raise BadRequest(f"--eval: {c['weights']} has {'no classifier' if head not in weights else f'a classifier of {len(weights[head])} classes'}, "
                          f"{c['data']} has {classes} classes: give a fine-tuned run, and the --data it was made for")
-    known = (state.get("config") or {}).get("classes", val.classes) if isinstance(state.get("config", {}), dict) else val.classes
+    known = state["config"].get("classes", val.classes)
     if known != val.classes:
         other = next((a, b) for a, b in zip(known, val.classes) if a != b)
         raise BadRequest(f"--eval: the classes of {c['weights']} are not those of {c['data']}: {other[0]} there is {other[1]} here")
     c.update(channels=val.channels, workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
              out=c["out"] or os.path.join("runs", folder_name("eval", c)))
-    model, loaded = load_model(c, state, place, classes)
+    model, loaded = load_model(c, state, place, classes, keep_head=True)
     if loaded.missing:
         raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a {c['model']}: its scores would mean nothing")
     if place.rank == 0:
@@ -500,7 +517,7 @@ def measure_only(args, state, place):
     figures, confusion = evaluate(model, val, c, place, pretrain.BadFiles(len(val), 1))
     if place.rank == 0:
         if confusion is not None:
-            confusion_picture(confusion, val.classes).save(os.path.join(c["out"], "confusion.png"))
+            write_confusion(c, confusion, val.classes)
         report(c, figures, ())
     return 0
 
@@ -533,6 +550,7 @@ def run(args):
               f"{c['rand_augment'][1]:g}, mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, features: {c['pool'] or 'mean'}")
         print(pretrain.device_line(c, place, start), flush=True)
     last, bad_files, (prepare, loss_of) = {}, pretrain.BadFiles(len(val), 1), step_of(c, model, classes, device)
+    known = {line["step"] for line in log.lines if "top1" in line}                             # measured before the run was stopped
 
     def check(step):
         finite = all(x.isfinite().all() for x in model.state_dict().values())
@@ -545,12 +563,14 @@ def run(args):
         last.update(figures)
         if main:
             tqdm.write(f"step {step}: top-1 {figures['top1']}%, top-5 {figures['top5']}%")
-        if step > start:                                        # else a finished run is measured again
+        if step not in known:                                   # else a finished run is measured again
             log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **figures)
         if main and confusion is not None:
-            picture = confusion_picture(confusion, data.classes)
-            pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
+            write_confusion(c, confusion, data.classes)
 
+    missed = main and start not in known and (start == c["total_steps"] or start > 0 and start % c["save_every"] == 0)
+    if agree([float(missed)], place)[0]:                        # stopped between saving and measuring
+        measure(start)
     code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure, augmentation(c))
     if not code and not last:
         measure(start)

@@ -576,14 +576,16 @@ class Signals:
 
 
 class Log:
-    """log.jsonl: a JSON object a line. Going on from `step` drops the lines after it, so each step stands once."""
+    """log.jsonl: a JSON object a line. Going on from `step` drops the lines after it, so each step stands once; lines: the
+    ones that stay.
+    """
 
     def __init__(self, path, step):
+        self.lines = []
         if os.path.isfile(path):
             with open(path) as file:
-                whole = [line for line in file if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            write_whole(path, lambda file: file.write("".join(kept).encode()))
+                self.lines = [line for line in (json.loads(text) for text in file if text.endswith("\n")) if line["step"] <= step]
+            write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode()))
         self.file, self.trouble = open(path, "a", buffering=1), ""
 
     def __call__(self, **line):
@@ -724,8 +726,9 @@ def settle(c, recipe):
     if len(c["img_size"]) > 2:
         raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
     size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
-    if min(size) < 1:
-        raise BadRequest(f"--img_size {size[0]}x{size[1]} must be more than 0")
+    if min(size) < 1 or c["patch_size"] < 1:
+        name, value = ("img_size", f"{size[0]}x{size[1]}") if min(size) < 1 else ("patch_size", c["patch_size"])
+        raise BadRequest(f"--{name} {value} must be more than 0")
     c["data"] = os.path.normpath(c["data"]) if os.path.isdir(c["data"]) else c["data"]
 
 
@@ -733,11 +736,13 @@ def not_negative(c, *names):
     for name in names:
         if c[name] is not None and not 0 <= c[name] < math.inf:
             raise BadRequest(f"--{name} {c[name]} must not be negative, and finite")
+        if name == "seed" and c[name] >= 2 ** 63:
+            raise BadRequest(f"--seed {c[name]} must be below 2^63")
 
 
 def share_out(c, recipe, place, length, channels, name):
     """Batch, accumulation, learning rate, steps, loader and folder (by default runs/NAME) as this run has them, into c."""
-    for option in ("patch_size", "epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every"):
+    for option in ("epochs", "steps", "batch_size", "accum", "lr", "save_every", "log_every"):
         if c[option] is not None and not 0 < c[option] < math.inf:
             raise BadRequest(f"--{option} {c[option]} must be more than 0, and finite")
     not_negative(c, "weight_decay", "seed", "workers", "warmup", "clip")
@@ -1006,17 +1011,23 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
     return 128 + (signals.received or signal.SIGTERM) if leaving else 0
 
 
+def going_on(c):
+    """The path of the checkpoint that --resume goes on from, or None."""
+    if c["resume"] != "auto":
+        return c["resume"]
+    last = os.path.join(c["out"] or "nowhere", "checkpoint.pt")
+    return last if os.path.exists(last) else None
+
+
 def begin(c, place, model, optimizer, scaler, same_run):
     """Go on from --resume or start anew: -> first step, progress, open log. Writes config.json. BadRequest when --out
     holds another run, or a checkpoint was made with another value of what `same_run` names.
     """
     start, progress = 0, dict(sum=0.0, count=0, bad=0)
     last = os.path.join(c["out"], "checkpoint.pt")
-    path, there = c["resume"], os.path.exists(last)
+    path, there = going_on(c), os.path.exists(last)
     if agree([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
         raise BadRequest(f"the processes do not see the same {c['out']}: --out must be one folder for all machines")
-    if path == "auto":
-        path = last if there else None
     state = load_checkpoint(path) if path else None
     if there and not (path and os.path.abspath(path) == os.path.abspath(last)):
         raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
@@ -1030,18 +1041,26 @@ def begin(c, place, model, optimizer, scaler, same_run):
         if state["scaler"] and scaler.is_enabled():             # --amp may change on the way
             scaler.load_state_dict(state["scaler"])
         start, progress = state["step"], state["progress"]
-    trouble, log = "", None
+    log = open_folder(c, place, lambda: Log(os.path.join(c["out"], "log.jsonl"), start))
+    return start, progress, log or Log(os.devnull, start)
+
+
+def open_folder(c, place, more=lambda: None):
+    """--out with config.json in it, and `more()` done, whose value is returned, by rank 0. BadRequest for every process when
+    it cannot be written to.
+    """
+    trouble, made = "", None
     if place.rank == 0:
         try:
             os.makedirs(c["out"], exist_ok=True)
             config = json.dumps({**c, **provenance()}, indent=1)
             write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
-            log = Log(os.path.join(c["out"], "log.jsonl"), start)
+            made = more()
         except OSError as error:
             trouble = f"--out {c['out']} cannot be written to: {error}"
     if agree([float(bool(trouble))], place)[0]:
         raise BadRequest(trouble)
-    return start, progress, log or Log(os.devnull, start)
+    return made
 
 
 def batch_line(c, length):
@@ -1069,7 +1088,7 @@ def run(args):
     torch.manual_seed(c["seed"])
     try:
         model = build(c)
-        if c["weights"] != "none":
+        if c["weights"] != "none" and not going_on(c):          # whose checkpoint holds all weights
             report = models.load_weights(model, c["weights"])
             if main:
                 print(report)
@@ -1142,6 +1161,9 @@ def command(run, options, argv=None):
         code = 2 if isinstance(error, BadRequest) else 1
         if str(error) and (first or code == 1):                 # a request is wrong for all alike: say it once a machine
             print(f"{name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:                                   # where nothing is trained, or it was pressed again
+        code = 130
+        print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

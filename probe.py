@@ -205,8 +205,7 @@ def run(args):
     c = dict(vars(args), script="probe", test_crop=None)
     pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
     resnet, classes = c["model"] in models.RESNETS, len(data.classes)
-    if resnet and args.pool:
-        raise BadRequest(f"--pool {args.pool} is a ViT's: a {args.model}'s features are the mean over its last map")
+    finetune.refuse_for_resnet(args)
     pretrain.not_negative(c, "seed", "workers")
     c.update(channels=data.channels, epochs=int(c["epochs"] or 20) if c["blocks"] else None, workers=pretrain.loaders(c["workers"], place),
              amp=pretrain.precision(c["amp"], place.device), pool=None if resnet else c["pool"], out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))

@@ -6,8 +6,8 @@
 
 vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
-pre-training seeds. What a task costs settles how many images it sees: 2.7 times as many where the encoder drops 75%
-of the patches. Times are of cores with AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 4.5 times as long
+pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where the
+encoder drops 75% of the patches (counted in seconds of a core, tasks are within a factor of 1.4 of each other). Times are of cores with AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 4.5 times as long
 (the steps are the same everywhere, and so is the table). One encoder is at work on each core; a bar says how far each is. A
 stopped table goes on where it was: every part is a run of its own in --out, and what it found stands in results.json there,
 which is all it needs of what is done. Writes table.md, what the README shows (its results.json is kept as
@@ -56,9 +56,9 @@ def options():
 
 
 def encoders(args):
-    """(task, seed) of every encoder, the ones with several seeds first."""
+    """(task, seed) of every encoder: seed 0 of all, then the further seeds; the ones with several first."""
     grey = args.data == "fashion_mnist"
-    tasks = args.tasks or [t for t in (*list(degrade.TASKS)[:9], "none") if not (grey and t == "decolor")]
+    tasks = dict.fromkeys(args.tasks) if args.tasks else [t for t in (*list(degrade.TASKS)[:9], "none") if not (grey and t == "decolor")]
     return sorted(((t, seed) for t in tasks for seed in range(args.seeds if t in (*BOLD, "none") else 1)), key=lambda e: (e[1], e[0] not in BOLD))
 
 
@@ -171,6 +171,8 @@ class Work:
                         return False
                     process = subprocess.Popen([sys.executable, *job.argv, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log)
                     self.running[job] = process
+                if self.stopped:                                # a signal came in between
+                    process.terminate()
                 code = process.wait()
         found = result(out)
         with self.lock:
@@ -197,7 +199,9 @@ def spread(values):
 
 
 def table(results, data):
-    """results {folder: result} -> the table in Markdown, tasks by their accuracy with the most labels."""
+    """results {folder: result} -> the table in Markdown, tasks by their accuracy with the most labels. A cell that lacks draws
+    of labels says so.
+    """
     found, labels = {}, DATA[data]["labels"]
     k_most = max(labels)
     for folder, r in results.items():
@@ -214,13 +218,16 @@ def table(results, data):
     order = sorted((t for t in found if all_of(found[t], k_most)), key=lambda t: -statistics.mean(all_of(found[t], k_most)))
     paper = sorted((t for t in order if t in PAPER and t not in ("simmim", "a2mim")), key=lambda t: -PAPER[t])
     ours = [t for t in order if t in paper]
+    def cell(row, k):
+        found, wanted = all_of(row, k), DRAWS * len(row["knn"])
+        return spread(found) + (f" ({len(found)} of {wanted})" if len(found) < wanted else "")
     lines = ["| pre-training | seeds | images | k-NN | linear probe | " + " | ".join(f"{k * 10:,} labels" for k in labels) + " | place | BM's place (ImageNet) |",
              "|---|---|---|---|---|" + "---|" * len(labels) + "---|---|"]
     for t in order:
         row = found[t]
         place = (f"{ours.index(t) + 1}", f"{paper.index(t) + 1} ({PAPER[t]})") if t in paper else ("", f"A2: {PAPER[t]}" if t in PAPER else "")
         lines.append(f"| `{t}` | {len(row['knn'])} | {row['images'][0]:,} | " if "images" in row else f"| {t} | {len(row['knn'])} | 0 | ")
-        lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(spread(all_of(row, k)) for k in labels), *place]) + " |"
+        lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(cell(row, k) for k in labels), *place]) + " |"
     return "\n".join(lines)
 
 

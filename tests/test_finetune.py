@@ -15,7 +15,7 @@ from PIL import Image
 import finetune
 import models
 import pretrain
-from conftest import gradients_of, script, weights_of
+from conftest import gradients_of, log_of, script, weights_of
 
 PLACE = pretrain.Place(0, 1, torch.device("cpu"))
 
@@ -89,6 +89,8 @@ def test_bce_targets_as_in_rsb():
     positive, negative = (lambda x: math.log1p(math.exp(-x))), (lambda x: math.log1p(math.exp(x)))
     loss = lambda *t: finetune.class_loss(scores, torch.tensor([t]), "bce", 0).item()
     assert loss(0.7, 0.3, 0.0) == pytest.approx((positive(2) + positive(-1) + negative(0.5)) / 3, rel=1e-5)
+    for share, there in ((0.19, False), (0.21, True)):
+        assert loss(1 - share, share, 0.0) == pytest.approx((positive(2) + (positive if there else negative)(-1) + negative(0.5)) / 3, rel=1e-5)
     assert loss(0.9, 0.1, 0.0) == pytest.approx((positive(2) + negative(-1) + negative(0.5)) / 3, rel=1e-5)
 
 
@@ -304,6 +306,8 @@ def test_table_a2_vit():
     want = dict(recipe="deit", model="vit_base", img_size=[224, 224], epochs=100, optimizer="adamw", lr=2.5e-4, weight_decay=0.05, batch_size=1024,
                 smoothing=0.1, drop_path=0.1, clip=5, rand_augment=[9, 0.5], mixup=0.8, cutmix=1.0, loss="ce", layer_decay=0.65, test_crop=0.875, pool="cls", test_size=0)
     assert {k: c[k] for k in want} == want
+    assert c["save_every"] == math.ceil(c["total_steps"] / 20) > 5 * 50000 / 1024              # measuring is a tenth of the work at most
+    assert resolved("--steps", "1000")["save_every"] == math.ceil(5 * 50000 / 1024)
     assert c["actual_lr"] == pytest.approx(1e-3) and c["warmup_steps"] == pytest.approx(5 * 1281167 / 1024, abs=1) and c["images_per_process"] <= 64
 
 
@@ -333,33 +337,41 @@ def test_a_run_learns_and_leaves_all_it_should(of, tmp_path):
     assert (weights_of(out)["pos_embed"] - fresh.pos_embed).abs().max() > 1e-5                 # positions are trained, as MAE's
 
 
-def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path):
+def measured(weights, out, *flags):
+    argv = ["--weights", weights, "--eval", "--workers", 0, "--amp", "off", "--out", out, *flags]
+    return pretrain.command(finetune.run, finetune.options, list(map(str, argv)))
+
+
+def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
     said = of(finetune, "--steps", 3, "--seed", 3)[1]
-    code, again = measured(tmp_path / "run", tmp_path / "eval")
-    result = result_of(again)
-    assert code == 0 and result["top1"] == result_of(said)["top1"] and os.path.exists(tmp_path / "eval/confusion.png")
+    assert measured(tmp_path / "run", tmp_path / "eval") == 0
+    result = result_of(capfd.readouterr().out)
+    assert result["top1"] == result_of(said)["top1"] and os.path.exists(tmp_path / "eval/confusion.png")
     assert "total_steps" not in result and "compared_with" not in result and json.loads((tmp_path / "eval/result.json").read_text()) == result
 
 
-def measured(weights, out, *flags, processes=1):
-    job = script("--weights", weights, "--eval", "--workers", 0, "--amp", "off", "--out", out, *flags, processes=processes, name="finetune.py")
-    said = job.communicate(timeout=200)[0]
-    return job.returncode, said
-
-
-def test_eval_measures_as_the_run_did(of, tmp_path):
-    """A ResNet trained at 64 and measured at 96: the same again, unless another size is asked for; three processes share it."""
+def test_eval_measures_as_the_run_did(of, tmp_path, capfd):
+    """A ResNet trained at 64 and measured at 96: the same again, unless another size is asked for."""
     said = of(finetune, "--model", "resnet18", "--recipe", "rsb_a3", "--img_size", 64, "--patch_size", 8, "--test_size", 96, "--steps", 2, "--mixup", 0, "--cutmix", 0)[1]
-    code, again = measured(tmp_path / "run", tmp_path / "eval", processes=3)
-    config = json.load(open(tmp_path / "eval/config.json"))
-    assert code == 0 and config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
-    assert {k: result_of(again)[k] for k in ("top1", "top5", "images")} == {k: result_of(said)[k] for k in ("top1", "top5", "images")}
-    argv = ["--weights", str(tmp_path / "run"), "--eval", "--workers", "0", "--amp", "off", "--test_size", "0", "--out", str(tmp_path / "other")]
-    assert pretrain.command(finetune.run, finetune.options, argv) == 0
+    assert measured(tmp_path / "run", tmp_path / "eval") == 0
+    config, again = json.load(open(tmp_path / "eval/config.json")), result_of(capfd.readouterr().out)
+    assert config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
+    assert {k: again[k] for k in ("top1", "top5", "images")} == {k: result_of(said)[k] for k in ("top1", "top5", "images")}
+    assert measured(tmp_path / "run", tmp_path / "other", "--test_size", 0) == 0
     assert json.load(open(tmp_path / "other/config.json"))["test_size"] == 0
 
 
-def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd):
+def test_three_processes_measure_every_image_once(monkeypatch):
+    """What each of three of 13 images counts, added up, is what one counts alone (test_two_processes_equal_one: for real)."""
+    data = pretrain.MemorySet((torch.rand(13, 1, 4, 4, generator=pretrain.seeded(0)) * 255).byte(), torch.arange(13) % 3, torch.device("cpu"), ["a", "b", "c"])
+    c, counted = dict(img_size=[4, 4], test_size=0, test_crop=1.0, workers=0, amp="off"), []
+    monkeypatch.setattr(finetune, "agree", lambda values, place: (counted.append(torch.tensor(values)), values)[1])
+    for place in (PLACE, *(PLACE._replace(rank=rank, world=3) for rank in range(3))):
+        finetune.evaluate(Fixed(), data, c, place, pretrain.BadFiles(13, 1))
+    assert torch.equal(counted[0], sum(counted[1:])) and counted[0][3:].sum() == 13
+
+
+def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd, monkeypatch):
     assert of(finetune, "--steps", 1)[0] == 0
     state = {k: v for k, v in weights_of(tmp_path / "run").items() if not k.startswith("norm.")}
     torch.save(state | {"fc_norm.weight": torch.ones(128)}, tmp_path / "mae.pt")               # MAE's own, mean-pooled
@@ -372,8 +384,10 @@ def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd):
         argv = ["--weights", str(tmp_path / weights), "--eval", "--workers", "0", "--amp", "off", "--out", str(tmp_path / "eval"), *flags]
         assert pretrain.command(finetune.run, finetune.options, argv) == 2
         assert says in capfd.readouterr().err.strip().splitlines()[-1]
-    said = measured(tmp_path / "run", tmp_path / "run", processes=2)[1]                        # both leave, none waits
-    assert "exitcode  : 2" in said and "exitcode  : 1" not in said, said
+    with monkeypatch.context() as patch:                        # rank 1 hears of what rank 0 found, and leaves without a word
+        patch.setattr(finetune, "agree", lambda values, place: [1.0])
+        with pytest.raises(pretrain.BadRequest, match="^$"):
+            finetune.make_folder(dict(out=str(tmp_path / "run")), PLACE._replace(rank=1, world=2))
 
 
 def test_a_size_that_is_asked_for_is_what_is_measured(of, tmp_path):
@@ -416,6 +430,16 @@ def test_the_result_finds_its_baseline(of, tmp_path):
     assert "missing" in cropped["compared_with"]                # measured otherwise
 
 
+def test_the_way_to_a_baseline_leads_there(of, tmp_path):
+    """The command that a result names, and what else was given: the result is then compared with it."""
+    more = ["--recipe", "rsb_a3", "--steps", 1, "--batch_size", 8]
+    torch.save(models.encoder("resnet18", 32, 8).state_dict(), tmp_path / "encoder.pt")
+    flags = ["--weights", tmp_path / "encoder.pt", "--model", "resnet18", "--img_size", 32, "--patch_size", 8, "--test_size", 64, *more]
+    way = result_of(of(finetune, *flags, out=tmp_path / "a")[1])["compared_with"]["missing"].split(", and what else")[0].split()
+    assert way[0] == "finetune.py" and of(finetune, *way[1:], *more, out=tmp_path / "none")[0] == 0
+    assert result_of(of(finetune, *flags, out=tmp_path / "b")[1])["compared_with"]["out"] == str(tmp_path / "none")
+
+
 MIXED = ["--mixup", 0.8, "--cutmix", 1, "--drop_path", 0.3, "--rand_augment", 9, 0.5]
 
 
@@ -450,21 +474,65 @@ def test_two_processes_fine_tune_a_resnet_as_one(of, labelled, tmp_path):
     assert one["images"] == two["images"] == 13
 
 
-def test_resume_equals_never_stopping(of, labelled, tmp_path):
-    assert of(finetune, *MIXED, out=tmp_path / "whole")[0] == 0
-    argv = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
-    job = script(*argv, *MIXED, "--data", labelled, "--out", tmp_path / "parts", name="finetune.py", preamble="")
-    while job.poll() is None and not os.path.exists(tmp_path / "parts/checkpoint.pt"):
-        time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+class Killed(Exception):
+    pass
+
+
+def test_resume_equals_never_stopping(of, tmp_path, monkeypatch):
+    """Killed between saving and measuring: what was not measured is measured first; weights and log are the same bits."""
+    torch.save(models.encoder("vit_micro", 16, 4).state_dict(), tmp_path / "encoder.pt")
+    flags = [*MIXED, "--weights", tmp_path / "encoder.pt"]
+    assert of(finetune, *flags, out=tmp_path / "whole")[0] == 0
+
+    def killed(*_):
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(finetune, "evaluate", killed)
+        of(finetune, *flags, out=tmp_path / "parts")
     assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 3
-    code, said, _ = of(finetune, *MIXED, "--resume", out=tmp_path / "parts")
+    os.remove(tmp_path / "encoder.pt")                          # the checkpoint holds all weights
+    code, said, _ = of(finetune, *flags, "--resume", out=tmp_path / "parts")
     assert code == 0 and result_of(said)["images"] == 13
     assert torch.equal(gradients_of(tmp_path / "whole"), gradients_of(tmp_path / "parts"))
+    shown = lambda name: [{k: line[k] for k in ("step", "loss", "top1") if k in line} for line in log_of(tmp_path / name)]
+    assert shown("parts") == shown("whole") and [line["step"] for line in shown("parts") if "top1" in line] == [3, 6]
     lines = (tmp_path / "parts/log.jsonl").read_text()
-    code, again, _ = of(finetune, *MIXED, "--resume", out=tmp_path / "parts")                  # after its end: measured again
+    code, again, _ = of(finetune, *flags, "--resume", out=tmp_path / "parts")                  # after its end: measured again
     assert code == 0 and result_of(again)["top1"] == result_of(said)["top1"] and (tmp_path / "parts/log.jsonl").read_text() == lines
+
+
+def test_a_head_is_fresh_and_small_whatever_the_weights_hold(of, tmp_path):
+    """MAE's start: a classifier of as many classes, of some other set, is left behind; --eval keeps it."""
+    state = models.encoder("vit_micro", 16, 4, num_classes=3).state_dict()
+    state["head.weight"].fill_(7)
+    torch.save(state, tmp_path / "other.pt")
+    assert of(finetune, "--weights", tmp_path / "other.pt", "--steps", 1, "--lr", 1e-9)[0] == 0
+    assert 1e-5 < weights_of(tmp_path / "run")["head.weight"].std() < 4e-5
+    c = dict(model="vit_micro", img_size=[16, 16], patch_size=4, channels=3, relative_positions=False, pool="mean", seed=0)
+    assert (finetune.load_model(c, state, PLACE, 3, keep_head=True)[0].head.weight == 7).all()
+
+
+def test_what_other_files_call_config_is_not_taken_for_ours(labelled, tmp_path, capfd):
+    state = models.encoder("vit_micro", 16, 4, num_classes=3).state_dict()
+    argv = ["--weights", str(tmp_path / "w.pt"), "--data", str(labelled), "--recipe", "small", "--model", "vit_micro", "--workers", "0"]
+    for i, config in enumerate(({"model": "deit_tiny", "img_size": 224}, {"model": "vit_micro", "img_size": 16}, {"classes": 3}, [1])):
+        torch.save(dict(model=state, config=config), tmp_path / "w.pt")
+        assert pretrain.command(finetune.run, finetune.options, [*argv, "--steps", "1", "--batch_size", "6", "--out", str(tmp_path / str(i))]) == 0
+        assert pretrain.command(finetune.run, finetune.options, [*argv, "--eval", "--out", str(tmp_path / f"eval{i}")]) == 0, capfd.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(of, tmp_path):
+    (tmp_path / "run/confusion.png").mkdir(parents=True)
+    code, _, complaint = of(finetune, "--steps", 1)
+    assert code == 1 and "could not write" in complaint and "confusion.png" in complaint and "Traceback" not in complaint
+
+
+def test_a_run_is_called_after_its_weights(tmp_path):
+    for name in ("mask-0.5", "mask-0.75"):
+        (tmp_path / name).mkdir()
+        for weights in (tmp_path / name, tmp_path / name / "checkpoint.pt"):
+            assert finetune.folder_name("probe", dict(weights=str(weights), data="shapes", seed=0)) == f"probe-{name}-shapes"
+    assert finetune.folder_name("probe", dict(weights="a/resnet50.pth", data="b/imagenet", seed=2)) == "probe-resnet50-imagenet-seed2"
 
 
 def test_a_resnet_by_rsb(of, tmp_path):
@@ -519,14 +587,14 @@ def test_classes_that_do_not_fit_get_one_line(of, labelled, tmp_path):
     assert code == 2 and "loose.png is in no class" in complaint and complaint.count("\n") == 1
 
 
-def test_weights_that_do_not_fit_are_named_with_their_shapes(of, labelled, tmp_path):
+def test_weights_that_do_not_fit_are_named_with_their_shapes(of, labelled, tmp_path, capfd):
     assert of(finetune, "--steps", 1, out=tmp_path / "a")[0] == 0
     code, _, complaint = of(finetune, "--weights", tmp_path / "a", "--patch_size", 8)
     assert code == 2 and "patch_embed.proj.weight is (128, 3, 4, 4) in the weights and (128, 3, 8, 8) in the model" in complaint and complaint.count("\n") == 1
     data = tmp_path / "data"
     shutil.copytree(labelled, data)
     shutil.rmtree(data / "train/class2"), shutil.rmtree(data / "val/class2")
-    code, said = measured(tmp_path / "a", tmp_path / "eval", "--data", data)
+    code, said = measured(tmp_path / "a", tmp_path / "eval", "--data", data), capfd.readouterr().err
     assert code == 2 and "a classifier of 3 classes" in said and "has 2 classes" in said and said.count("\n") == 1
     assert of(finetune, "--weights", tmp_path / "a", "--steps", 1, data=data, out=tmp_path / "b")[0] == 0                 # a new head
 

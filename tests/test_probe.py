@@ -56,7 +56,10 @@ def test_the_linear_probes_are_mae_s_and_moco_s(monkeypatch):
     for optimizer, resnet in ((probe.LARS, False), (torch.optim.SGD, True)):
         rates[resnet], step = [], optimizer.step
         monkeypatch.setattr(optimizer, "step", lambda self, r=rates[resnet], step=step: (r.append(self.param_groups[0]["lr"]), step(self)))
+        momentum, init = [], optimizer.__init__
+        monkeypatch.setattr(optimizer, "__init__", lambda *a, init=init, momentum=momentum, **k: (momentum.append(k.get("momentum")), init(*a, **k))[1])
         head = probe.linear_probe(torch.randn(960, 4), torch.arange(960) % 2, 2, resnet)
+        assert momentum == [0.9 if resnet else None]            # LARS's own is 0.9, below
         assert len(head) == 1 if resnet else not head[0].affine and head[0].num_batches_tracked == 2000
     assert max(rates[False]) == pytest.approx(0.1 * 16384 / 256) and np.argmax(rates[False]) == pytest.approx(2000 / 9, abs=2) and rates[False][-1] < 1e-4
     assert sorted(set(np.round(rates[True], 6)), reverse=True) == [30, 3, 0.3]
@@ -77,6 +80,24 @@ def test_lars_steps_by_hand():
         assert b.item() == pytest.approx(y, rel=1e-5)
 
 
+def test_accuracies_by_hand():
+    """Of eight scores that fall with the class, the fifth place is among the top five and the sixth is not."""
+    scores = -torch.arange(8.0).expand(4, 8)
+    assert probe.accuracy(scores, torch.tensor([0, 4, 5, 7]), "x") == dict(x=25, x_top5=50)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_the_blocks_probe_pools_the_cls_token_or_the_patches_alone(cls):
+    """Without blocks between: what stands in the other place changes nothing."""
+    torch.manual_seed(0)
+    head, tokens = probe.BlocksProbe(8, 2, 0, 3, cls), torch.randn(2, 5, 8)
+    other = tokens.clone()
+    other[:, slice(1, None) if cls else slice(0, 1)] = 100 * torch.randn(2, 4 if cls else 1, 8)
+    assert torch.equal(head(tokens, 1), head(other, 1)) and not torch.equal(head(tokens, 1), head(tokens.flip(1), 1))
+    if not cls:                                                 # a ResNet's tokens are all patches
+        assert not torch.equal(head(tokens, 0), head(other, 0))
+
+
 @pytest.mark.parametrize("name", ["vit_micro", "resnet18"])
 @pytest.mark.parametrize("stored", [True, False])
 def test_the_blocks_learn_and_leave_the_backbone_untouched(name, stored, monkeypatch):
@@ -90,7 +111,10 @@ def test_the_blocks_learn_and_leave_the_backbone_untouched(name, stored, monkeyp
     c = settings(model=name, img_size=[size, size], epochs=12 if name == "resnet18" else 6)
     data, val = bright(60), bright(30, seed=1)
     train, test = (probe.gather(model, of, c, PLACE, "", tokens=stored) for of in (data, val))
+    keys, draw = [], probe.seeded
+    monkeypatch.setattr(probe, "seeded", lambda *key: (keys.append(key), draw(*key))[1])
     scores, labels = probe.blocks_probe(model, data, val, train, test, c, PLACE)
+    assert keys == [(0, probe.BLOCKS, epoch) for epoch in range(c["epochs"])]                  # another order in each
     assert (scores.argmax(1) == labels).float().mean() > 0.9
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(grad or training for _, grad, training in calls)
@@ -140,6 +164,14 @@ def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path
     assert code == 1 and "more than 1% of 186 images cannot be read" in complaint
 
 
+def test_ctrl_c_is_one_line_and_130(of, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(probe, "gather", interrupted)
+    code, _, complaint = of(probe)
+    assert code == 130 and complaint.endswith(": stopped by Ctrl-C\n") and complaint.count("\n") == 1
+
+
 def test_one_image_is_too_few(of, labelled, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split / "only").mkdir(parents=True)
@@ -159,6 +191,8 @@ def test_features_that_are_not_finite_stop_the_probe(of, tmp_path):
 @pytest.mark.parametrize("flags, says", [(["--labels", 13], "--labels 13: class class0 has only 12"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
                                          (["--img_size", 18], "not divisible by the patch size 4"), (["--blocks", 3], "--blocks"), (["--seed", -1], "--seed -1"),
                                          (["--seed", -1, "--labels", 2], "--seed -1"), (["--epochs", 3], "--epochs 3 is for --blocks"), (["--blocks", 2, "--epochs", 0], "--epochs 0"),
+                                         (["--patch_size", 0], "--patch_size 0 must be more than 0"), (["--seed", 2 ** 63], "must be below 2^63"),
+                                         (["--model", "resnet18", "--relative_positions", "--img_size", 32], "relative positions are a ViT's"),
                                          (["--model", "resnet18", "--pool", "cls", "--img_size", 32], "--pool cls is a ViT's"), (["--out", "/proc/x"], "--out /proc/x cannot be written to")])
 def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, of):
     code, _, complaint = of(probe, *flags)                      # the last --out counts
@@ -202,9 +236,9 @@ def test_the_table_by_hand():
         r |= {f"finetune-mask-{seed}-{k}-{draw}": dict(top1=70.0 + add + seed + draw) for seed in (0, 1) for draw in (0, 1)}
         r |= {f"finetune-none-0-{k}-{draw}": dict(top1=50.0 + add + draw) for draw in (0, 1)} | {f"finetune-a2mim-0-{k}-0": dict(top1=90.0)}
     lines = table1.table(r, "fashion_mnist").splitlines()
-    assert lines[2:] == ["| `a2mim` | 1 | 64 | 61.0 | 66.0 | 90.0 | 90.0 |  | A2: 84.2 |",
-                         "| `mask` | 2 | 128 | 81.0 ± 1.4 | 70.0 ± 0.0 | 71.0 ± 0.8 | 81.0 ± 0.8 | 1 | 1 (82.9) |",
-                         "| none | 1 | 0 | 60.0 | 65.0 | 50.5 ± 0.7 | 60.5 ± 0.7 | 2 | 2 (80.7) |"]
+    assert lines[2:] == ["| `a2mim` | 1 | 64 | 61.0 | 66.0 | 90.0 (1 of 3) | 90.0 (1 of 3) |  | A2: 84.2 |",
+                         "| `mask` | 2 | 128 | 81.0 ± 1.4 | 70.0 ± 0.0 | 71.0 ± 0.8 (4 of 6) | 81.0 ± 0.8 (4 of 6) | 1 | 1 (82.9) |",
+                         "| none | 1 | 0 | 60.0 | 65.0 | 50.5 ± 0.7 (2 of 3) | 60.5 ± 0.7 (2 of 3) | 2 | 2 (80.7) |"]
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -237,7 +271,7 @@ def test_the_table_tells_how_far_its_commands_are(tmp_path):
 
 @pytest.mark.slow
 def test_a_table_is_made_with_real_runs(tmp_path, capfd):
-    """A hundredth of a thousandth of the work; the second call finds all of it done."""
+    """Two thousandths of the work; the second call finds all of it done."""
     argv = ["--out", str(tmp_path), "--tasks", "mask", "none", "--seeds", "1", "--share", "0.002"]
     table1.main(argv)
     said = capfd.readouterr().out
