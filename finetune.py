@@ -164,12 +164,12 @@ class LAMB(torch.optim.Optimizer):
                 state["step"] += 1
                 t = state["step"].item()
                 m, v = state["exp_avg"].lerp_(w.grad, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
-                u = m / (1 - beta1 ** t) / ((v / (1 - beta2 ** t)).sqrt() + group["eps"]) + group["weight_decay"] * w
+                u = (m / (1 - beta1 ** t)).div_((v / (1 - beta2 ** t)).sqrt_().add_(group["eps"])).add_(w, alpha=group["weight_decay"])
                 ratio = 1.0
                 if group["weight_decay"]:
                     of_w, of_u = w.norm(), u.norm()
                     ratio = torch.where((of_w > 0) & (of_u > 0), of_w / of_u, 1.0)
-                w.sub_(group["lr"] * ratio * u)
+                w.sub_(u.mul_(group["lr"] * ratio))
 
 
 # ---------------------------------------------------------------------------------------------------
