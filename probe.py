@@ -102,7 +102,7 @@ def linear_probe(train, labels, classes, resnet, seed=0):
     batch = min(256 if resnet else 16384, n)
     total = 100 * (n // batch) if resnet else max(90 * (n // batch), 2000)
     for step in tqdm(range(total), desc="linear probe", unit="step", leave=False):
-        rows = samples(step, batch, n, seed)[:, 1].to(train.device)
+        rows = samples(step, batch, n, seed)[:, 1].to(train.device) if batch < n else slice(None)
         lr = 30 * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total)) if resnet else learning_rate(step, total, total // 9, 6.4)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()

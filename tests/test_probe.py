@@ -54,12 +54,14 @@ def test_the_linear_probes_are_mae_s_and_moco_s(monkeypatch):
     """Batch norm without affine and LARS from 0 to 6.4 and back; SGD at 30, 3 and 0.3, no norm."""
     rates = {}
     for optimizer, resnet in ((probe.LARS, False), (torch.optim.SGD, True)):
-        rates[resnet], step = [], optimizer.step
-        monkeypatch.setattr(optimizer, "step", lambda self, r=rates[resnet], step=step: (r.append(self.param_groups[0]["lr"]), step(self)))
-        momentum, init = [], optimizer.__init__
-        monkeypatch.setattr(optimizer, "__init__", lambda *a, init=init, momentum=momentum, **k: (momentum.append(k.get("momentum")), init(*a, **k))[1])
+        rates[resnet], momenta, step = [], set(), optimizer.step
+
+        def note(self, rates=rates[resnet], momenta=momenta, step=step):
+            rates.append(self.param_groups[0]["lr"]), momenta.add(self.param_groups[0].get("momentum"))
+            step(self)
+        monkeypatch.setattr(optimizer, "step", note)
         head = probe.linear_probe(torch.randn(960, 4), torch.arange(960) % 2, 2, resnet)
-        assert momentum == [0.9 if resnet else None]            # LARS's own is 0.9, below
+        assert momenta == {0.9 if resnet else None}             # LARS's own is 0.9, below
         assert len(head) == 1 if resnet else not head[0].affine and head[0].num_batches_tracked == 2000
     assert max(rates[False]) == pytest.approx(0.1 * 16384 / 256) and np.argmax(rates[False]) == pytest.approx(2000 / 9, abs=2) and rates[False][-1] < 1e-4
     assert sorted(set(np.round(rates[True], 6)), reverse=True) == [30, 3, 0.3]
