@@ -474,6 +474,16 @@ def test_resume_without_a_checkpoint_starts_anew_and_with_a_wrong_path_is_refuse
     assert code == 2 and "nowhere.pt" in complaint and complaint.count("\n") == 1
 
 
+def test_resuming_does_not_need_the_weights_it_began_with(run, tmp_path):
+    torch.save(models.encoder("vit_micro", 16, 4).state_dict(), tmp_path / "encoder.pt")
+    flags = ["--steps", 2, "--weights", tmp_path / "encoder.pt"]
+    assert run(*flags)[0] == 0
+    os.remove(tmp_path / "encoder.pt")
+    assert run(*flags, "--resume")[0] == 0
+    code, _, complaint = run(*flags, out=tmp_path / "other")
+    assert code == 2 and "no weights at" in complaint
+
+
 def test_a_run_is_not_overwritten_unasked(run, tmp_path):
     assert run("--steps", 2)[0] == 0
     code, _, complaint = run("--steps", 2)
