@@ -48,15 +48,24 @@ RECIPES = {
     "small": dict(DEIT, img_size=[32], patch_size=4, epochs=50, warmup=2.5, batch_size=64, micro=256, lr=8e-3, crop=[0.8, 1.0],
                   drop_path=0.1, rand_augment=[0, 0], mixup=0.0, cutmix=0.0, pool="mean", test_crop=1.0),
 }
+
+
+def by_recipe(option):
+    """The recipes' values of an option in words, for --help: "0.8 (deit), 0.1 (rsb_a3, rsb_a2), 0.0 (small)"."""
+    values = {}
+    for name, row in RECIPES.items():
+        value = row[option]
+        values.setdefault(" ".join(map(str, value)) if isinstance(value, list) else str(value), []).append(name)
+    return ", ".join(f"{value} ({', '.join(names)})" if len(values) > 1 else value for value, names in values.items())
+
+
 SAYS = dict(
     pretrain.DEVICE_SAYS, data="that of the run in --weights, or shapes", root="that of the run in --weights, or ./data",
     model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
     img_size="that of the run in --weights (of a ResNet on a folder the recipe's, 160 or 224); else 224 or 32, for a ResNet 64",
-    patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8",
-    epochs="100 (rsb_a2 300), 50 (small)", batch_size="1024 (deit), 2048 (rsb), 64 (small)", lr="2.5e-4 (deit), 1e-3, 1.5e-3 (rsb_a3, rsb_a2), 8e-3 (small)",
-    weight_decay="0.05 (rsb 0.02)", betas="0.9 0.999", clip="5 (rsb 0)", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
-    crop="0.08 1 (small 0.8 1)", save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost",
-    out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]")
+    patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
+    save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost", out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]",
+    **{option: by_recipe(option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip", "crop")})
 SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
             "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
             "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size", "test_crop")
@@ -307,16 +316,18 @@ def options():
     o("--recipe", choices=RECIPES, help="Table A2's, or one for a CPU; default: deit for a ViT, rsb_a3 for a ResNet, small for the small sets")
     o("--labels", type=int, metavar="K", help="keep K labelled images a class, chosen by --seed; default: all")
     o("--eval", action="store_true", help="only measure the classifier in --weights")
-    o("--optimizer", choices=("adamw", "lamb"), help="default: adamw, lamb (rsb)")
-    o("--layer_decay", type=float, help="a ViT layer's learning rate over the next one's; default: 0.65, for a ResNet 1")
-    o("--drop_path", type=float, help="stochastic depth of the last layer; default: 0.1, 0.05 (rsb_a2), 0 (rsb_a3)")
-    o("--loss", choices=("ce", "bce"), help="cross-entropy, or binary cross-entropy of each class; default: ce, bce (rsb)")
-    o("--smoothing", type=float, help="of the labels; default: 0.1, 0 (rsb)")
-    o("--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="RandAugment's strength, 0 to 10, 0 for none, and its deviation; default: 9 .5 (deit), 7 .5 (rsb_a2), 6 .5 (rsb_a3), 0 0 (small)")
-    o("--mixup", type=float, metavar="ALPHA", help="0 for none; default: .8 (deit), .1 (rsb), 0 (small)")
-    o("--cutmix", type=float, metavar="ALPHA", help="0 for none; default: 1, 0 (small)")
+    def of_recipe(name, help, **more):
+        o(name, help=f"{help}default: {by_recipe(name[2:])}", **more)
+    of_recipe("--optimizer", "", choices=("adamw", "lamb"))
+    of_recipe("--layer_decay", "a ViT layer's learning rate over the next one's, for a ResNet 1; ", type=float)
+    of_recipe("--drop_path", "stochastic depth of the last layer; ", type=float)
+    of_recipe("--loss", "cross-entropy, or binary cross-entropy of each class; ", choices=("ce", "bce"))
+    of_recipe("--smoothing", "of the labels; ", type=float)
+    of_recipe("--rand_augment", "RandAugment's strength, 0 to 10, 0 for none, and its deviation; ", type=float, nargs=2, metavar=("M", "STD"))
+    of_recipe("--mixup", "0 for none; ", type=float, metavar="ALPHA")
+    of_recipe("--cutmix", "0 for none; ", type=float, metavar="ALPHA")
+    of_recipe("--test_crop", "side of the central part that is measured; ", type=float)
     o("--test_size", type=int, metavar="PX", help="measure at this size, a ResNet only; default: 224 (rsb without --img_size), else the training size")
-    o("--test_crop", type=float, help="side of the central part that is measured; default: .875 (deit), .95 (rsb), 1 (small)")
     return p
 
 
