@@ -72,25 +72,24 @@ class Job(NamedTuple):
 
 def jobs(args, task, seed):
     """The Jobs for one encoder, in order."""
-    d, out, found = DATA[args.data], Path(args.out), []
+    d, found = DATA[args.data], []
+    weights = "none" if task == "none" else Path(args.out) / f"pretrain-{task}-{seed}"
 
-    def add(kind, seconds, steps, *argv):
+    def add(kind, draw, seconds, steps, *argv):
         steps = steps and max(1, round(steps * args.share))
         argv = [*argv, "--data", args.data, "--root", args.root, "--model", "vit_micro", "--img_size", d["size"], "--patch_size", 4,
                 "--workers", 0, "--device", "cpu", *(["--steps", steps, "--resume"] if steps else [])]
-        found.append(Job(f"{kind}-{task}-{seed}{more}", seconds, steps, (f"{kind}.py", *map(str, argv))))
+        found.append(Job(f"{kind}-{task}-{seed}{draw}", seconds, steps, (f"{kind}.py", *map(str, argv))))
 
-    more, weights = "", "none" if task == "none" else out / f"pretrain-{task}-{seed}"
     if task != "none":
         setting = degrade.task_settings(task)
         unit = ["--mask_unit", 1] if d["size"] // 4 % setting["mask_unit"] else []             # 7 patches have no half
-        add("pretrain", PRETRAIN, d["steps"][0 if setting["mask_ratio"] == 0.75 else 1], "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3,
+        add("pretrain", "", PRETRAIN, d["steps"][0 if setting["mask_ratio"] == 0.75 else 1], "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3,
             "--save_every", 1000, "--seed", seed)
-    add("probe", PROBE, None, "--weights", weights, "--seed", seed)
+    add("probe", "", PROBE, None, "--weights", weights, "--seed", seed)
     for k, n in d["labels"].items():
         for draw in range(DRAWS):
-            more = f"-{k}-{draw}"
-            add("finetune", 10 + n / 6, n, "--weights", weights, "--labels", k, "--save_every", 100000, "--seed", DRAWS * seed + draw)
+            add("finetune", f"-{k}-{draw}", 10 + n / 6, n, "--weights", weights, "--labels", k, "--save_every", 100000, "--seed", DRAWS * seed + draw)
     return found
 
 
