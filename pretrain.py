@@ -1162,8 +1162,9 @@ def command(run, options, argv=None):
         if str(error) and (first or code == 1):                 # a request is wrong for all alike: say it once a machine
             print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:                                   # where nothing is trained, or it was pressed again
-        code = 130
-        print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
+        if first:
+            print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
+        return 130                                              # at once: the others may not be there to say goodbye to
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
