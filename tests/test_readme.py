@@ -213,9 +213,9 @@ def test_pictures_are_there_and_files_are_mapped():
 
 @pytest.mark.slow
 def test_the_first_command_to_its_end(tmp_path):
-    """What the README promises: within ten minutes on two cores, a loss that falls to less than half, and the picture."""
+    """What the README promises: a loss that falls to less than half, and the picture; within the hour on any two cores."""
     train = of("pip install").rsplit(" && ", 1)[1]
-    done = subprocess.run([*in_this_python(train), "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run([*in_this_python(train), "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0 and (tmp_path / "run/recovered_0001758.png").exists()
     log = log_of(tmp_path / "run")
     assert log[-1]["loss"] < 0.25 < 0.5 < log[0]["loss"]
