@@ -10,9 +10,9 @@ sections 5.2, A.1, Table A2.
 
 Labelled images are DIR/train/<class>/... and DIR/val/<class>/..., or a set by name. --weights takes a run of pretrain.py
 (model, sizes and data are then that run's; a ResNet's size on a folder is the recipe's), a file with timm's, MAE's or
-torchvision's names, or none; a classifier in it is left behind, but by --eval. The loop, data,
-processes, precision, checkpoints and exit codes are pretrain.py's. A run leaves checkpoint.pt, log.jsonl, config.json,
-confusion.png and result.json, one line that is also printed last.
+torchvision's names, or none; a classifier in it is left behind, but by --eval. The loop, data, processes, precision,
+checkpoints and exit codes are pretrain.py's. A run leaves checkpoint.pt, log.jsonl, config.json, confusion.png and
+result.json, one line that is also printed last.
 """
 import contextlib
 import functools
@@ -51,12 +51,9 @@ RECIPES = {
 
 
 def by_recipe(option):
-    """The recipes' values of an option in words, for --help: "0.8 (deit), 0.1 (rsb_a3, rsb_a2), 0.0 (small)"."""
-    values = {}
-    for name, row in RECIPES.items():
-        value = row[option]
-        values.setdefault(" ".join(map(str, value)) if isinstance(value, list) else str(value), []).append(name)
-    return ", ".join(f"{value} ({', '.join(names)})" if len(values) > 1 else value for value, names in values.items())
+    """The recipes' values of an option in words, for --help."""
+    values = {name: row[option] for name, row in RECIPES.items()}
+    return pretrain.in_words({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in values.items()})
 
 
 SAYS = dict(
@@ -248,12 +245,9 @@ def confusion_picture(confusion, classes):
 
 
 def write_confusion(c, confusion, classes):
-    """confusion.png in --out. Failure when it cannot be written."""
+    """confusion.png in --out."""
     picture = confusion_picture(confusion, classes)
-    try:
-        pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
-    except OSError as error:
-        raise Failure(str(error))
+    pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
 
 
 def make_folder(c, place):

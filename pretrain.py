@@ -94,6 +94,10 @@ class Failure(Exception):
     """The run cannot go on. One line; the last good checkpoint is intact. Exit code 1."""
 
 
+class Unwritten(Failure, OSError):
+    """A file could not be written: who can say what to do about it catches the OSError, else it is a Failure like others."""
+
+
 def seeded(*key):
     """A CPU generator that depends on all the non-negative integers of `key`."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -121,7 +125,7 @@ def write_whole(path, write):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         why = error if isinstance(error, OSError) else "the disk may be full"
-        raise OSError(f"could not write {path}: {why}") from error
+        raise Unwritten(f"could not write {path}: {why}") from error
 
 
 def load_checkpoint(path):
@@ -679,11 +683,15 @@ def options():
         several = isinstance(default, tuple)
         kind, text = degrade.SETTINGS.get(name, (type(default[0] if several else default), "a setting"))
         what = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
-        values = {v: [task for task, w in defaults.items() if w == v] for v in defaults.values()}
-        shown = "the paper's, at this size" if default is None else ", ".join(
-            f"{v} ({', '.join(of)})" if len(values) > 1 else f"{v}" for v, of in values.items() if v is not None)
+        shown = "the paper's, at this size" if default is None else in_words(defaults)
         tasks.add_argument(f"--{name}", help=f"{text}; default: {shown}", **what, **(dict(nargs=len(default)) if several else {}))
     return p
+
+
+def in_words(values):
+    """{whose: value} for --help: "0.75 (mask, zoom_in_mask), 0.6 (simmim, a2mim)", or the value that all share; without None."""
+    whose = {v: [name for name, w in values.items() if w == v] for v in values.values()}
+    return ", ".join(f"{v} ({', '.join(names)})" if len(whose) > 1 else f"{v}" for v, names in whose.items() if v is not None)
 
 
 def settings():
@@ -726,9 +734,10 @@ def settle(c, recipe):
     if len(c["img_size"]) > 2:
         raise BadRequest(f"--img_size takes one or two numbers, not {len(c['img_size'])}")
     size = c["img_size"] = [c["img_size"][0], c["img_size"][-1]]
-    if min(size) < 1 or c["patch_size"] < 1:
-        name, value = ("img_size", f"{size[0]}x{size[1]}") if min(size) < 1 else ("patch_size", c["patch_size"])
-        raise BadRequest(f"--{name} {value} must be more than 0")
+    if min(size) < 1:
+        raise BadRequest(f"--img_size {size[0]}x{size[1]} must be more than 0")
+    if c["patch_size"] < 1:
+        raise BadRequest(f"--patch_size {c['patch_size']} must be more than 0")
     c["data"] = os.path.normpath(c["data"]) if os.path.isdir(c["data"]) else c["data"]
 
 

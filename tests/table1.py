@@ -217,9 +217,10 @@ def table(results, data):
     order = sorted((t for t in found if all_of(found[t], k_most)), key=lambda t: -statistics.mean(all_of(found[t], k_most)))
     paper = sorted((t for t in order if t in PAPER and t not in ("simmim", "a2mim")), key=lambda t: -PAPER[t])
     ours = [t for t in order if t in paper]
+
     def cell(row, k):
-        found, wanted = all_of(row, k), DRAWS * len(row["knn"])
-        return spread(found) + (f" ({len(found)} of {wanted})" if len(found) < wanted else "")
+        draws, wanted = all_of(row, k), DRAWS * len(row["knn"])
+        return spread(draws) + (f" ({len(draws)} of {wanted})" if len(draws) < wanted else "")
     lines = ["| pre-training | seeds | images | k-NN | linear probe | " + " | ".join(f"{k * 10:,} labels" for k in labels) + " | place | BM's place (ImageNet) |",
              "|---|---|---|---|---|" + "---|" * len(labels) + "---|---|"]
     for t in order:
