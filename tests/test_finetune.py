@@ -337,9 +337,14 @@ def test_a_run_learns_and_leaves_all_it_should(of, tmp_path):
     assert (weights_of(out)["pos_embed"] - fresh.pos_embed).abs().max() > 1e-5                 # positions are trained, as MAE's
 
 
-def measured(weights, out, *flags):
+def measured(weights, out, *flags, processes=None):
+    """The exit code of --eval in this process; of so many others, and what they said."""
     argv = ["--weights", weights, "--eval", "--workers", 0, "--amp", "off", "--out", out, *flags]
-    return pretrain.command(finetune.run, finetune.options, list(map(str, argv)))
+    if processes is None:
+        return pretrain.command(finetune.run, finetune.options, list(map(str, argv)))
+    job = script(*argv, processes=processes, name="finetune.py")
+    said = job.communicate(timeout=200)[0]
+    return job.returncode, said
 
 
 def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
@@ -350,12 +355,12 @@ def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
     assert "total_steps" not in result and "compared_with" not in result and json.loads((tmp_path / "eval/result.json").read_text()) == result
 
 
-def test_eval_measures_as_the_run_did(of, tmp_path, capfd):
-    """A ResNet trained at 64 and measured at 96: the same again, unless another size is asked for."""
+def test_eval_measures_as_the_run_did(of, tmp_path):
+    """A ResNet trained at 64 and measured at 96: the same again, unless another size is asked for; three processes share it."""
     said = of(finetune, "--model", "resnet18", "--recipe", "rsb_a3", "--img_size", 64, "--patch_size", 8, "--test_size", 96, "--steps", 2, "--mixup", 0, "--cutmix", 0)[1]
-    assert measured(tmp_path / "run", tmp_path / "eval") == 0
-    config, again = json.load(open(tmp_path / "eval/config.json")), result_of(capfd.readouterr().out)
-    assert config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
+    code, again = measured(tmp_path / "run", tmp_path / "eval", processes=3)
+    config, again = json.load(open(tmp_path / "eval/config.json")), result_of(again)
+    assert code == 0 and config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
     assert {k: again[k] for k in ("top1", "top5", "images")} == {k: result_of(said)[k] for k in ("top1", "top5", "images")}
     assert measured(tmp_path / "run", tmp_path / "other", "--test_size", 0) == 0
     assert json.load(open(tmp_path / "other/config.json"))["test_size"] == 0
@@ -371,7 +376,7 @@ def test_three_processes_measure_every_image_once(monkeypatch):
     assert torch.equal(counted[0], sum(counted[1:])) and counted[0][3:].sum() == 13
 
 
-def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd, monkeypatch):
+def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd):
     assert of(finetune, "--steps", 1)[0] == 0
     state = {k: v for k, v in weights_of(tmp_path / "run").items() if not k.startswith("norm.")}
     torch.save(state | {"fc_norm.weight": torch.ones(128)}, tmp_path / "mae.pt")               # MAE's own, mean-pooled
@@ -384,10 +389,8 @@ def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd, mon
         argv = ["--weights", str(tmp_path / weights), "--eval", "--workers", "0", "--amp", "off", "--out", str(tmp_path / "eval"), *flags]
         assert pretrain.command(finetune.run, finetune.options, argv) == 2
         assert says in capfd.readouterr().err.strip().splitlines()[-1]
-    with monkeypatch.context() as patch:                        # rank 1 hears of what rank 0 found, and leaves without a word
-        patch.setattr(finetune, "agree", lambda values, place: [1.0])
-        with pytest.raises(pretrain.BadRequest, match="^$"):
-            finetune.make_folder(dict(out=str(tmp_path / "run")), PLACE._replace(rank=1, world=2))
+    said = measured(tmp_path / "run", tmp_path / "run", processes=2)[1]                        # both leave, none waits
+    assert "exitcode  : 2" in said and "exitcode  : 1" not in said, said
 
 
 def test_a_size_that_is_asked_for_is_what_is_measured(of, tmp_path):

@@ -277,6 +277,6 @@ def test_a_table_is_made_with_real_runs(tmp_path, capfd):
     argv = ["--out", str(tmp_path), "--tasks", "mask", "none", "--seeds", "1", "--share", "0.002"]
     table1.main(argv)
     said = capfd.readouterr().out
-    assert "9 commands to do" in said and "| `mask` | 1 | 1,024 |" in (tmp_path / "table.md").read_text()
+    assert "9 commands to do" in said and len(json.loads((tmp_path / "results.json").read_text())) == 9 and "| `mask` | 1 | 1,024 |" in (tmp_path / "table.md").read_text()
     table1.main(argv)
     assert "0 commands to do" in capfd.readouterr().out
