@@ -79,7 +79,8 @@ def game(classify, image, label, p, base):
     at_once = max(1, min(512, 2 ** 22 // math.prod(image.shape[2:])))
 
     def f(visible):
-        return torch.cat([log_odds(classify(showing(image, some, p, base)), label.expand(len(some))) for some in visible.to(image.device).split(at_once)]).cpu()
+        parts = visible.to(image.device).split(at_once)
+        return torch.cat([log_odds(classify(showing(image, some, p, base)), label.expand(len(some))) for some in parts]).cpu()
     return f
 
 
@@ -164,7 +165,8 @@ def spatial_variance(maps):
 def feature_maps(model, images, look):
     """[look(map (B, C, h, w)) of each block's output, first to last]. A ViT's map is its patch tokens on their grid."""
     found, resnet = [], isinstance(model, models.ResNet)
-    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage] if resnet else model.blocks
+    stages = (model.layer1, model.layer2, model.layer3, model.layer4) if resnet else (model.blocks,)
+    blocks = [block for stage in stages for block in stage]
 
     def keep(_, __, z):
         found.append(look(z if resnet else z[:, 1:].transpose(1, 2).unflatten(2, model.grid)))
@@ -206,10 +208,13 @@ class Results:
 
     def _take(self, there, resume):
         if not resume:
-            raise BadRequest(f"{self.path} is there already: --resume goes on with it and adds runs, another --out keeps it, or delete it")
+            raise BadRequest(f"{self.path} is there already: --resume goes on with it and adds runs, another --out keeps it, "
+                             "or delete it")
         for name, asked in self.all["settings"].items():
-            if there["settings"].get(name) != asked:
-                raise BadRequest(f"{self.path} was made with {name} {there['settings'].get(name)}, this command asks for {asked}: give the same, or another --out")
+            had = there["settings"].get(name)
+            if had != asked:
+                raise BadRequest(f"{self.path} was made with {name} {had}, this command asks for {asked}: give the same, or "
+                                 "another --out")
         self.all.update(runs=there["runs"], parts=there["parts"])
 
     def save(self):
@@ -246,7 +251,8 @@ class Results:
         if not of_run or of_run["of"] != run.of():              # other weights, or sizes, by now
             of_run = self.all["parts"][run.label] = dict(of=run.of(), found=[])
         parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(data), 1)
-        views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device, workers=run.c["workers"])
+        views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device,
+                           workers=run.c["workers"])
         for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
             bad_files.meet_few(unread, place)
             with torch.inference_mode():
@@ -269,7 +275,8 @@ class Run(NamedTuple):
         """What its numbers depend on, besides the settings of the analysis: JSON values."""
         path = os.path.join(self.c["weights"], "checkpoint.pt") if os.path.isdir(self.c["weights"]) else self.c["weights"]
         written = os.path.getmtime(path) if self.state else None
-        return dict(weights=self.c["weights"], written=written, **{k: self.c.get(k) for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
+        settings = {k: self.c.get(k) for k in ("model", "img_size", "patch_size", "pool", "test_crop")}
+        return dict(weights=self.c["weights"], written=written, **settings)
 
 
 def folder_of(weights):
@@ -290,9 +297,9 @@ def labels_of(weights):
 
 def open_runs(args, place):
     """The encoders of args.runs, each with its own model and sizes, on one --data. `none` is like the first other one."""
-    runs, first = {}, None
+    runs, first, own_to_a_run = {}, None, dict.fromkeys(("model", "recipe", "test_size", "test_crop"))
     for label, weights in sorted(zip(labels_of(args.runs), args.runs), key=lambda x: x[1] == "none"):
-        own = argparse.Namespace(**{**vars(args), "weights": weights, "model": None, "recipe": None, "test_size": None, "test_crop": None, "eval": True})
+        own = argparse.Namespace(**{**vars(args), **own_to_a_run, "weights": weights, "eval": True})
         if weights == "none" and first:
             for name in ("model", "img_size", "patch_size", "pool", "relative_positions"):
                 setattr(own, name, first[name])
@@ -319,7 +326,8 @@ def choose_images(data, count, seed):
 
 def mean_colour(data, run, seed, place):
     """The mean of each channel over 1,000 images of the set, all if there are fewer: (C,)."""
-    parts = data.plain(choose_images(data, 1000, seed), 250, run.c["img_size"], run.c["test_crop"], device=place.device, workers=run.c["workers"])
+    rows = choose_images(data, 1000, seed)
+    parts = data.plain(rows, 250, run.c["img_size"], run.c["test_crop"], device=place.device, workers=run.c["workers"])
     return torch.cat([views.mean((2, 3)) for views, _, _ in parts if views is not None]).mean(0)
 
 
@@ -360,7 +368,9 @@ def scored(model, amp, device, before=lambda: None):
 # ---------------------------------------------------------------------------------------------------
 
 def draw(panels, path, again):
-    """Curves into a PNG, if matplotlib is there. panels: [{title, x, y, lines: [(label, xs, ys, their errors or None)], more}]."""
+    """Curves into a PNG, if matplotlib is there. panels: [{title, x, y, lines: [(label, xs, ys, their errors or None)],
+    more}].
+    """
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -370,9 +380,11 @@ def draw(panels, path, again):
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels):
         for label, x, y, error in panel["lines"]:
-            line, = axis.plot(x, y, label=label, marker="o" if len(x) < 40 else "", markersize=3, linestyle="--" if label == "none" else "-")
+            line, = axis.plot(x, y, label=label, marker="o" if len(x) < 40 else "", markersize=3,
+                              linestyle="--" if label == "none" else "-")
             if error is not None:
-                axis.fill_between(x, [a - b for a, b in zip(y, error)], [a + b for a, b in zip(y, error)], color=line.get_color(), alpha=0.2, linewidth=0)
+                low, high = ([at + sign * e for at, e in zip(y, error)] for sign in (-1, 1))
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], **panel.get("more", {}))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -384,19 +396,23 @@ def draw(panels, path, again):
 def finish(args, results, panels, says):
     """Draw, and say what there is to see."""
     results.save()
-    draw(panels, os.path.join(args.out, f"{args.name}.png"), "the same command" + (" with --resume" if args.name != "curves" else ""))
+    again = "the same command" + (" with --resume" if args.name != "curves" else "")
+    draw(panels, os.path.join(args.out, f"{args.name}.png"), again)
     print(f"{says}\nnumbers: {results.path}")
 
 
 def sums(per_image):
     """Per-image values, a list over blocks of (B, values) -> JSON: how many, sums, sums of squares."""
-    return dict(n=len(per_image[0]), sum=[x.cpu().double().sum(0).tolist() for x in per_image], square=[x.cpu().double().square().sum(0).tolist() for x in per_image])
+    per_image = [x.cpu().double() for x in per_image]
+    return dict(n=len(per_image[0]), sum=[x.sum(0).tolist() for x in per_image],
+                square=[x.square().sum(0).tolist() for x in per_image])
 
 
 def mean_and_error(parts):
     """What `sums` found of all parts -> two lists over blocks of lists: the mean over images, its standard error."""
     n = sum(part["n"] for part in parts)
-    total, square = ([torch.tensor(block, dtype=torch.float64).sum(0) for block in zip(*(part[k] for part in parts))] for k in ("sum", "square"))
+    total, square = ([torch.tensor(block, dtype=torch.float64).sum(0) for block in zip(*(part[k] for part in parts))]
+                     for k in ("sum", "square"))
     means = [x / n for x in total]
     errors = [((s / n - m * m).clamp(min=0) / max(n - 1, 1)).sqrt() for s, m in zip(square, means)]
     return [m.tolist() for m in means], [e.tolist() for e in errors]
@@ -443,19 +459,26 @@ def fourier(args, place):
     results, runs = of_maps(args, place, log_amplitude)
     high, whole = [], []
     for label, r in runs:
-        blocks = [x for x in zip(depths(r["mean"]), r["mean"], r["error"]) if len(x[1]) > 1]   # a map of one row has no frequencies
+        of_blocks = zip(depths(r["mean"]), r["mean"], r["error"])
+        blocks = [x for x in of_blocks if len(x[1]) > 1]        # a map of one row has no frequencies
         if not blocks:
             raise BadRequest(f"{label}: maps one patch high have no frequencies: choose a larger --img_size")
-        high.append((label, [d for d, _, _ in blocks], [mean[-1] for _, mean, _ in blocks], [error[-1] for _, _, error in blocks]))
+        at, means, errors = zip(*blocks)
+        high.append((label, list(at), [mean[-1] for mean in means], [error[-1] for error in errors]))
         _, mean, error = blocks[-1]
         whole.append((label, [k / (len(mean) - 1) for k in range(len(mean))], mean, error))
-    panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks", y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high),
-              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest", y="log amplitude (natural) less that at 0", lines=whole)]
+    panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks",
+                   y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high),
+              dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest",
+                   y="log amplitude (natural) less that at 0", lines=whole)]
+    last = "; ".join(f"{label} {y[-1]:.2f} ± {error[-1]:.2f}" for label, _, y, error in high)
+    average = "; ".join(f"{label} {sum(y) / len(y):.2f}" for label, _, y, _ in high)
     left = [f"{label} {len(r['mean']) - len(x)}" for (label, r), (_, x, _, _) in zip(runs, high) if len(x) < len(r["mean"])]
-    finish(args, results, panels, "Lower is smoother: the more negative, the more a block's maps have been low-pass filtered; white noise has 0. A2 found that masked "
-           "modelling and inpainting filter more than contrastive or supervised training (ResNet-50, Fig. 3a). Last block: " +
-           "; ".join(f"{label} {y[-1]:.2f} ± {error[-1]:.2f}" for label, _, y, error in high) + ". Mean over blocks: " +
-           "; ".join(f"{label} {sum(y) / len(y):.2f}" for label, _, y, _ in high) + "." + (f" Left out, maps one position high: {', '.join(left)} blocks." if left else ""))
+    finish(args, results, panels,
+           "Lower is smoother: the more negative, the more a block's maps have been low-pass filtered; white noise has 0. A2 "
+           "found that masked modelling and inpainting filter more than contrastive or supervised training (ResNet-50, Fig. 3a). "
+           f"Last block: {last}. Mean over blocks: {average}." +
+           (f" Left out, maps one position high: {', '.join(left)} blocks." if left else ""))
 
 
 def variance(args, place):
@@ -464,10 +487,13 @@ def variance(args, place):
     for label, r in runs:                                       # a map of one position does not vary
         blocks = [(d, mean[0], error[0]) for d, mean, error in zip(depths(r["mean"]), r["mean"], r["error"]) if mean[0] > 0]
         lines.append((label, *([x[i] for x in blocks] for i in range(3))))
-    finish(args, results, [dict(title="Variance of the feature maps", x="depth, block / blocks", y="spatial variance, mean over channels", lines=lines, more=dict(yscale="log"))],
-           "How much a block's maps differ from place to place. A2 found that masked modelling lowers it and other pre-training raises it (ResNet-50, Fig. 3b); the "
-           "scale of a network's features counts too, so compare one architecture's curves by their course. First and last block: " +
-           "; ".join(f"{label} {r['mean'][0][0]:.3g}, {r['mean'][-1][0]:.3g}" for label, r in runs) + ".")
+    panel = dict(title="Variance of the feature maps", x="depth, block / blocks", y="spatial variance, mean over channels",
+                 lines=lines, more=dict(yscale="log"))
+    ends = "; ".join(f"{label} {r['mean'][0][0]:.3g}, {r['mean'][-1][0]:.3g}" for label, r in runs)
+    finish(args, results, [panel],
+           "How much a block's maps differ from place to place. A2 found that masked modelling lowers it and other pre-training "
+           "raises it (ResNet-50, Fig. 3b); the scale of a network's features counts too, so compare one architecture's curves "
+           f"by their course. First and last block: {ends}.")
 
 
 def grid_of(c):
@@ -488,27 +514,33 @@ def occlude(args, place):
         base = mean_colour(val, run, args.seed, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
 
         def look(views, labels, first):
-            hits = occlusion(classify, views, labels, run.c["patch_size"], base, ratios, args.repeats, seeded(args.seed, HIDDEN, first))
+            hits = occlusion(classify, views, labels, run.c["patch_size"], base, ratios, args.repeats,
+                             seeded(args.seed, HIDDEN, first))
             return dict(n=len(views), hits=hits.tolist())
 
         def numbers(parts):
             seen = sum(part["n"] for part in parts)
             top1 = 100 * sum(torch.tensor(part["hits"]) for part in parts) / seen              # (ratios, repeats)
-            return dict(classifier=kind, images=seen, patches=math.prod(grid), dropped=[int(degrade.random_mask(1, grid, r).sum()) for r in ratios],
-                        top1=top1.tolist(), mean=top1.mean(1).tolist(), deviation=top1.std(1).tolist() if args.repeats > 1 else None)
+            return dict(classifier=kind, images=seen, patches=math.prod(grid), top1=top1.tolist(), mean=top1.mean(1).tolist(),
+                        deviation=top1.std(1).tolist() if args.repeats > 1 else None,
+                        dropped=[int(degrade.random_mask(1, grid, r).sum()) for r in ratios])
         return look, numbers
-    results, runs = measured(args, place, dict(repeats=args.repeats, fill=args.fill, fitted="all" if args.paper else FIT), 128, prepare, labelled=True)
+    settings = dict(repeats=args.repeats, fill=args.fill, fitted="all" if args.paper else FIT)
+    results, runs = measured(args, place, settings, 128, prepare, labelled=True)
     lines = [(label, [k / r["patches"] for k in r["dropped"]], r["mean"], r["deviation"]) for label, r in runs]
     half = [min(range(len(x)), key=lambda i: abs(x[i] - 0.5)) for _, x, _, _ in lines]
-    finish(args, results, [dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped", y="top-1 accuracy, %", lines=lines, more=dict(ylim=(0, None)))],
-           "The longer a curve stays up, the less a network needs any one patch. A2 found that a ViT-S with masked modelling behind it is robust up to 80% dropped, and from "
-           "scratch is not (Fig. 1 a). Nothing dropped and half dropped: " +
-           "; ".join(f"{label} {y[0]:.1f}% and {y[i]:.1f}%, {100 * y[i] / max(y[0], 1e-9):.0f}% of it left" for (label, _, y, _), i in zip(lines, half)) +
-           f". {judged(runs)}")
+    panel = dict(title=f"Robustness against occlusion, {args.repeats} repeats", x="share of the patches dropped",
+                 y="top-1 accuracy, %", lines=lines, more=dict(ylim=(0, None)))
+    kept = "; ".join(f"{label} {y[0]:.1f}% and {y[i]:.1f}%, {100 * y[i] / max(y[0], 1e-9):.0f}% of it left"
+                     for (label, _, y, _), i in zip(lines, half))
+    finish(args, results, [panel],
+           "The longer a curve stays up, the less a network needs any one patch. A2 found that a ViT-S with masked modelling "
+           "behind it is robust up to 80% dropped, and from scratch is not (Fig. 1 a). Nothing dropped and half dropped: "
+           f"{kept}. {judged(runs)}")
 
 
 def interact(args, place):
-    if args.amp == "auto":                                      # a difference of four scores: where it is small, bf16 rounds it away
+    if args.amp == "auto":                      # a difference of four scores: where it is small, bf16 rounds it away
         args.amp = "off"
 
     def prepare(run, val, results):
@@ -517,27 +549,37 @@ def interact(args, place):
         if n < 3 or not len(near):
             raise BadRequest(f"--distance {args.distance}: {grid[0]}x{grid[1]} patches have no such pairs with others about them")
         model, kind = classifier(run, val, args, place)
-        classify, base, orders = scored(model, run.c["amp"], place.device, results.heed), mean_colour(val, run, args.seed, place), sorted({round(r * (n - 2)) for r in RATIOS})
+        classify, base = scored(model, run.c["amp"], place.device, results.heed), mean_colour(val, run, args.seed, place)
+        orders = sorted({round(r * (n - 2)) for r in RATIOS})
 
         def look(views, labels, first):                         # one image
             pairs = near[torch.randperm(len(near), generator=seeded(args.seed, PAIRS, first))[:args.pairs]]
-            I, error = interactions(game(classify, views, labels, p, base), n, pairs, orders, args.contexts, seeded(args.seed, CONTEXTS, first))
+            I, error = interactions(game(classify, views, labels, p, base), n, pairs, orders, args.contexts,
+                                    seeded(args.seed, CONTEXTS, first))
             return [I.abs().mean(0).tolist(), error.mean(0).tolist()]
 
         def numbers(parts):
             strength, error = torch.tensor(parts).unbind(1)                                    # (images, orders)
             J, J_error = relative_strength(strength)
-            return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(), J_error=J_error, strength=strength.mean(0).tolist(),
-                        context_error=error.mean(0).tolist(), strength_of_image=strength.tolist())
+            return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(), J_error=J_error,
+                        strength=strength.mean(0).tolist(), context_error=error.mean(0).tolist(),
+                        strength_of_image=strength.tolist())
         return look, numbers
-    results, runs = measured(args, place, dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance, fitted="all" if args.paper else FIT), 1, prepare, labelled=True)
+    settings = dict(pairs=args.pairs, contexts=args.contexts, distance=args.distance, fitted="all" if args.paper else FIT)
+    results, runs = measured(args, place, settings, 1, prepare, labelled=True)
     lines = [(label, [m / (r["players"] - 2) for m in r["orders"]], r["J"], r["J_error"]) for label, r in runs]
-    noise = [f"{100 * max(e / max(s, 1e-12) for e, s in zip(r['context_error'], r['strength'])):.0f}% ({label})" for label, r in runs]
-    finish(args, results, [dict(title="Strength of interactions", x="order m / (n - 2), patches about the pair", y=r"$J^{(m)}$, relative to the mean over orders", lines=lines, more=dict(ylim=(0, None)))],
-           "Where a curve is high, the answer depends on two patches together when that share of the others is shown; networks are strong at both ends. A2 found "
-           "that masked modelling strengthens the middle: .05 to .5 in ViT-S, .1 to .55 in ResNet-50 (Fig. 1 e, g). Share of the area under J there, 45% were it flat: " +
-           "; ".join(f"{label} {share_between(x, J, 0.05, 0.5):.0f}% and {share_between(x, J, 0.1, 0.55):.0f}%" for label, x, J, _ in lines) + f". With {args.contexts} contexts a pair's value has a standard error of up to "
-           f"{'; '.join(noise)} of the strength, which lifts the orders between the ends: more --contexts lower it. {judged(runs)}")
+    panel = dict(title="Strength of interactions", x="order m / (n - 2), patches about the pair",
+                 y=r"$J^{(m)}$, relative to the mean over orders", lines=lines, more=dict(ylim=(0, None)))
+    middle = "; ".join(f"{label} {share_between(x, J, 0.05, 0.5):.0f}% and {share_between(x, J, 0.1, 0.55):.0f}%"
+                       for label, x, J, _ in lines)
+    worst = [max(e / max(s, 1e-12) for e, s in zip(r["context_error"], r["strength"])) for _, r in runs]
+    noise = "; ".join(f"{100 * error:.0f}% ({label})" for (label, _), error in zip(runs, worst))
+    finish(args, results, [panel],
+           "Where a curve is high, the answer depends on two patches together when that share of the others is shown; networks "
+           "are strong at both ends. A2 found that masked modelling strengthens the middle: .05 to .5 in ViT-S, .1 to .55 in "
+           f"ResNet-50 (Fig. 1 e, g). Share of the area under J there, 45% were it flat: {middle}. With {args.contexts} "
+           f"contexts a pair's value has a standard error of up to {noise} of the strength, which lifts the orders between "
+           f"the ends: more --contexts lower it. {judged(runs)}")
 
 
 def recovery_of(args, weights, place):
@@ -557,7 +599,8 @@ def recovery_of(args, weights, place):
     elif isinstance(config, dict):
         raise BadRequest(f"{weights} recovers no image: give the run of pretrain.py it began with")
     else:
-        values = [[f"--{name}", *map(str, v if isinstance(v, list) else [v])] for name in ("data", "root", *RECOVERY) for v in [getattr(args, name)] if v is not None]
+        given = {name: getattr(args, name) for name in ("data", "root", *RECOVERY) if getattr(args, name) is not None}
+        values = [[f"--{name}", *map(str, v if isinstance(v, list) else [v])] for name, v in given.items()]
         own = pretrain.options().parse_args(["--task", "mask", *sum(values, [])])
         channels = pretrain.load_data(dict(vars(own), download=args.download), place, "val").channels
         c = pretrain.resolve(own, place, 1, channels)
@@ -575,7 +618,8 @@ def recovery_model(c, state, place):
         raise BadRequest(f"{c['weights']}: {error}")
     lacking = [name for name in missing if name.startswith("decoder_pred")]
     if lacking:
-        raise BadRequest(f"{c['weights']} recovers no image, it lacks {lacking[0]}: give a run of pretrain.py, or a whole MAE file")
+        raise BadRequest(f"{c['weights']} recovers no image, it lacks {lacking[0]}: give a run of pretrain.py, or a whole MAE "
+                         "file")
     return models.to_device(model, place.device).eval()
 
 
@@ -588,7 +632,8 @@ def reconstruct(args, place):
         c, state = recovery_of(args, weights, place)
         run, data, model = Run(label, c, state), pretrain.load_data(c, place, "val"), recovery_model(c, state, place)
         if data.channels != c["channels"]:
-            raise BadRequest(f"{weights} recovers images of {c['channels']} channels, those of {c['data']} have {data.channels}: choose another --data")
+            raise BadRequest(f"{weights} recovers images of {c['channels']} channels, those of {c['data']} have {data.channels}: "
+                             "choose another --data")
         rows, size, p, per = choose_images(data, args.images, args.seed), tuple(c["img_size"]), c["patch_size"], c["norm_target"]
 
         def look(views, labels, first):
@@ -600,20 +645,25 @@ def reconstruct(args, place):
         if not results.has(run):
             parts = results.over_images(run, data, rows, 50, tuple(c["view"]), look, place)
             n = sum(part["n"] for part in parts)
-            mse, shown = ([sum(part["n"] * part[k][i] for part in parts) / n for i in range(len(parts[0][k]))] for k in ("mse", "shown"))
+            mse, shown = ([sum(part["n"] * part[k][i] for part in parts) / n for i in range(len(parts[0][k]))]
+                          for k in ("mse", "shown"))
             results.done(run, dict(task=c["task"], images=n, normalised_per=per, mse=mse[0], mse_without_token=(mse + [None])[1],
                                    mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=per != "off"))
         found = results.all["runs"][label]
-        text = f"{label}: mean squared error over {found['images']} images {found['mse']:.4f}, " + ("of pixels over ImageNet's deviations" if per == "off" else f"of pixels normalised per {per}")
-        shown = next(views for views, _, _ in data.plain(rows[:args.rows], args.rows, tuple(c["view"]), device=place.device) if views is not None)
+        pixels = "of pixels over ImageNet's deviations" if per == "off" else f"of pixels normalised per {per}"
+        text = f"{label}: mean squared error over {found['images']} images {found['mse']:.4f}, {pixels}"
+        first = data.plain(rows[:args.rows], args.rows, tuple(c["view"]), device=place.device)
+        shown = next(views for views, _, _ in first if views is not None)
         pictures += [heading(text), pretrain.picture_of(model, shown, c, seeded(args.seed, PICTURE, 0))]
-        says.append(text + (f" (without the mask token {found['mse_without_token']:.4f})" if found["mse_without_token"] is not None else "") +
-                    f", of the pictures shown {found['mse_shown']:.4f}" + (", their patches' mean and contrast borrowed" if found["borrowed"] else ""))
+        without, borrowed = found["mse_without_token"], ", their patches' mean and contrast borrowed" if found["borrowed"] else ""
+        says.append(text + (f" (without the mask token {without:.4f})" if without is not None else "") +
+                    f", of the pictures shown {found['mse_shown']:.4f}{borrowed}")
     path, page = os.path.join(args.out, "reconstruct.png"), stacked(pictures)
     pretrain.write_whole(path, lambda file: page.save(file, format="PNG"))
-    print(f"drawn: {path}\nWhat is recovered is blurred, most where nothing was seen. BM found so even where the encoder sees the whole picture, and the colour task's error far below "
-          f"those of tasks that pay more (Fig. 3); A2, that a good recovery does not make good features (3.3). On images of val: {'; '.join(says)}. Errors of "
-          f"tasks that normalise or hide differently do not compare.\nnumbers: {results.path}")
+    print(f"drawn: {path}\nWhat is recovered is blurred, most where nothing was seen. BM found so even where the encoder sees "
+          "the whole picture, and the colour task's error far below those of tasks that pay more (Fig. 3); A2, that a "
+          f"good recovery does not make good features (3.3). On images of val: {'; '.join(says)}. Errors of tasks that normalise or "
+          f"hide differently do not compare.\nnumbers: {results.path}")
 
 
 def heading(text):
@@ -675,14 +725,20 @@ def curves(args, _):
                 unknown.append(label)
     results = Results(args, {})
     results.all["runs"] = found
-    panels = [dict(title=title, x="epochs", y=y, lines=[(label, *zip(*run[k]), None) for label, run in found.items() if run[k] and not (k == "loss" and run["top1"])])
-              for k, title, y in (("loss", "Training loss", "loss, each task's own"), ("top1", "Accuracy while fine-tuning", "top-1 accuracy, %"))]
-    panels.append(dict(title="What pre-training pays", x="epochs of pre-training", y="top-1 after fine-tuning, %",
-                       lines=[(task, *zip(*sorted(points)), None) for task, points in paid.items()]))
-    last = "; ".join(f"{label} {run['loss'][0][1]:.3f} to {run['loss'][-1][1]:.3f}" + (f", top-1 {run['top1'][-1][1]:.1f}%" if run["top1"] else "") for label, run in found.items())
-    finish(args, results, [panel for panel in panels if panel["lines"]], "Losses of different tasks are different quantities: their course compares, their height does not. BM found "
-           f"that the height does not tell which task pays (Fig. 2), and that 50 epochs of zoom_in_mask already pay (Fig. 5). From first to last: {last}." +
-           (f" Not in the last panel, for the log of their pre-training is not to be found: {', '.join(unknown)}." if unknown else ""))
+    def panel(title, y, k):
+        shown = {label: run[k] for label, run in found.items() if run[k] and not (k == "loss" and run["top1"])}
+        return dict(title=title, x="epochs", y=y, lines=[(label, *zip(*points), None) for label, points in shown.items()])
+    panels = [panel("Training loss", "loss, each task's own", "loss"),
+              panel("Accuracy while fine-tuning", "top-1 accuracy, %", "top1"),
+              dict(title="What pre-training pays", x="epochs of pre-training", y="top-1 after fine-tuning, %",
+                   lines=[(task, *zip(*sorted(points)), None) for task, points in paid.items()])]
+    last = "; ".join(f"{label} {run['loss'][0][1]:.3f} to {run['loss'][-1][1]:.3f}" +
+                     (f", top-1 {run['top1'][-1][1]:.1f}%" if run["top1"] else "") for label, run in found.items())
+    lost = f" Not in the last panel, for the log of their pre-training is not to be found: {', '.join(unknown)}."
+    finish(args, results, [x for x in panels if x["lines"]],
+           "Losses of different tasks are different quantities: their course compares, their height does not. BM found that the "
+           "height does not tell which task pays (Fig. 2), and that 50 epochs of zoom_in_mask already pay (Fig. 5). "
+           f"From first to last: {last}.{lost if unknown else ''}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -690,11 +746,13 @@ def curves(args, _):
 # ---------------------------------------------------------------------------------------------------
 
 RECOVERY = ("task", "model", "img_size", "patch_size", "decoder", "norm_target")              # of a file of weights alone
-NAMES = {                                                       # what it does, what it counts by default, and with --paper (0: all)
+NAMES = {                                                       # what it does, its counts, and those of --paper (0: all)
     "reconstruct": (reconstruct, "pictures recovered and their mean squared error", dict(images=100), {}),
     "curves": (curves, "loss and accuracy against epochs", {}, {}),
-    "occlusion": (occlude, "top-1 against the share of patches dropped", dict(images=500, repeats=5), dict(images=0, repeats=5)),
-    "interaction": (interact, "strength of interactions by order", dict(images=16, pairs=8, contexts=6), dict(images=500, pairs=50, contexts=50)),
+    "occlusion": (occlude, "top-1 against the share of patches dropped",
+                  dict(images=500, repeats=5), dict(images=0, repeats=5)),
+    "interaction": (interact, "strength of interactions by order",
+                    dict(images=16, pairs=8, contexts=6), dict(images=500, pairs=50, contexts=50)),
     "fourier": (fourier, "high frequencies in the feature maps by depth", dict(images=256), dict(images=0)),
     "variance": (variance, "spatial variance of the feature maps by depth", dict(images=256), dict(images=0)),
 }
@@ -705,31 +763,38 @@ def options():
     names = p.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, (_, about, counts, paper) in NAMES.items():
         q = names.add_parser(name, help=about, description=about, allow_abbrev=False)
-        q.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder" + ("" if name == "curves" else ", or a file of weights" + ("" if name == "reconstruct" else ", or none")))
+        kinds = {"curves": "", "reconstruct": ", or a file of weights"}.get(name, ", or a file of weights, or none")
+        q.add_argument("runs", nargs="+", metavar="RUN", help=f"a run's folder{kinds}")
         q.add_argument("--out", default=os.path.join("runs", "analyze"), metavar="DIR", help="default: runs/analyze")
         if name == "curves":
             continue
 
         def count(option, what):
-            q.add_argument(f"--{option}", type=int, help=f"{what}; default: {counts[option]}" + (f", with --paper {paper[option] or 'all'}" if paper else ""))
-        says = dict(finetune.SAYS, workers=pretrain.DEVICE_SAYS["workers"], data="that of the first run", root="that of the first run, or data")
+            of_paper = f", with --paper {paper[option] or 'all'}" if paper else ""
+            q.add_argument(f"--{option}", type=int, help=f"{what}; default: {counts[option]}{of_paper}")
+        says = dict(finetune.SAYS, workers=pretrain.DEVICE_SAYS["workers"], data="that of the first run",
+                    root="that of the first run, or data")
         if name == "interaction":
             says["amp"] = "auto, which is float32 here: bf16 may round interactions away"
-        pretrain.common_options(q, says, ("data", "root", "download", "model", "img_size", "patch_size", "seed", "device", "amp", "workers"))
+        shared = ("data", "root", "download", "model", "img_size", "patch_size", "seed", "device", "amp", "workers")
+        pretrain.common_options(q, says, shared)
         q.set_defaults(data=None, root=None)
         count("images", "of val, chosen by --seed")
         q.add_argument("--resume", action="store_true", help="go on with the results in --out, if they are there")
         if name == "reconstruct":
             q.add_argument("--task", choices=degrade.TASKS, help="of a file of weights alone; default: mask")
             q.add_argument("--decoder", metavar="DEPTHxWIDTHxHEADS", help="of a file of weights alone; MAE's is 8x512x16")
-            q.add_argument("--norm_target", choices=("patch", "channel", "off"), help="of a file of weights alone; default: the task's")
+            q.add_argument("--norm_target", choices=("patch", "channel", "off"),
+                           help="of a file of weights alone; default: the task's")
             q.add_argument("--rows", type=int, default=8, metavar="N", help="images shown of each run, two a row; default: 8")
             continue
         finetune.weights_options(q)
-        q.add_argument("--paper", action="store_true", help="the paper's counts (A2 3.1; of interactions those of its reference [12]), and linear layers fitted to all training images")
+        q.add_argument("--paper", action="store_true", help="the paper's counts (A2 3.1; of interactions those of its reference "
+                       "[12]), and linear layers fitted to all training images")
         if name == "occlusion":
             count("repeats", "draws of the dropped patches")
-            q.add_argument("--fill", choices=("black", "mean"), default="black", help="what dropped patches hold: black, as the tool that A2 used, or the data's mean colour; default: black")
+            q.add_argument("--fill", choices=("black", "mean"), default="black", help="what dropped patches hold: black, as the "
+                           "tool that A2 used, or the data's mean colour; default: black")
         if name == "interaction":
             count("pairs", "of each image")
             count("contexts", "sets S of each pair and order")

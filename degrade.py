@@ -364,10 +364,11 @@ TASKS = {
     "decolor": Task(desaturate, "(e) saturation x 0.3"),
     "zoom_in_mask": Task(middle, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
                          mask_ratio=0.75, view=320 / 224, target="whole", compare="hidden"),
-    "simmim": Task(unchanged, "hidden cells replaced by the mask token at the input", mask_ratio=0.6, mask_unit=2, compare="hidden",
-                   fill="token", token_at="input", loss="l1", norm_target="off", paper="A2"),
-    "a2mim": Task(unchanged, "hidden cells filled with the mean colour, mask token added in the middle", mask_ratio=0.6, mask_unit=2,
-                  compare="hidden", fill="mean", token_at="middle", loss="l1", norm_target="off", freq_weight=0.5, paper="A2"),
+    "simmim": Task(unchanged, "hidden cells replaced by the mask token at the input", mask_ratio=0.6, mask_unit=2,
+                   compare="hidden", fill="token", token_at="input", loss="l1", norm_target="off", paper="A2"),
+    "a2mim": Task(unchanged, "hidden cells filled with the mean colour, mask token added in the middle", mask_ratio=0.6,
+                  mask_unit=2, compare="hidden", fill="mean", token_at="middle", loss="l1", norm_target="off", freq_weight=0.5,
+                  paper="A2"),
 }
 
 
@@ -380,9 +381,11 @@ SETTINGS = {
     "mask_ratio": (float, "share of the patches that are hidden, in [0, 1)"),
     "mask_unit": (int, "patches a mask cell spans per side; A2's 32 px are 2 patches of 16"),
     "mask_kind": (tuple(MASKS), "random patches hidden; or all but one block; or all but the central block"),
-    "fill": (FILLS, "what hidden patches are filled with: the image's mean colour, the normalisation's zero, or the mask token at the input; a2mim, and any task whose encoder keeps its hidden patches: mean"),
+    "fill": (FILLS, "what hidden patches are filled with: the image's mean colour, the normalisation's zero, or the mask token "
+                    "at the input; a2mim, and any task whose encoder keeps its hidden patches: mean"),
     "view_size": (int, "height of the view in pixels; above the input's, the task works on the larger picture"),
-    "zoom_size": (number_or_rand, "zoom_in: pixels of the view that fill the canvas; zoom_out: pixels the view is shrunk to, or rand"),
+    "zoom_size": (number_or_rand, "zoom_in: pixels of the view that fill the canvas; zoom_out: pixels the view is shrunk to, "
+                                  "or rand"),
     "zoom_at": (("center", "random"), "where zoom_in looks"),
     "zoom_fill": (("mirror", "none", "black", "other"), "what surrounds the shrunk picture of zoom_out"),
     "warp": (("fisheye", "wave"), "kind of distortion"),
@@ -399,7 +402,8 @@ def task_settings(name):
     row = TASKS[name]
     own = inspect.signature(row.picture).parameters.values()
     shared = dict(mask_ratio=row.mask_ratio, mask_unit=row.mask_unit, mask_kind="random", fill=row.fill, view_size=None)
-    return {**shared, **{p.name: p.default for p in own if p.default is not p.empty and p.name not in ("size", "generator", "part")}}
+    own = {p.name: p.default for p in own if p.default is not p.empty and p.name not in ("size", "generator", "part")}
+    return {**shared, **own}
 
 
 def view_size(task, size, view_size=None):
@@ -436,7 +440,8 @@ def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **s
         raise ValueError(f"a {view.shape[2]}x{view.shape[3]} view is smaller than the input's {size[0]}x{size[1]}")
 
     if any(side < patch_size or side % patch_size for side in size):
-        raise ValueError(f"image size {size[0]}x{size[1]} is not divisible by the patch size {patch_size}: choose multiples of it")
+        raise ValueError(f"image size {size[0]}x{size[1]} is not divisible by the patch size {patch_size}: "
+                         "choose multiples of it")
     hidden = None
     if values["mask_ratio"]:
         grid = tuple(side // patch_size for side in size)
@@ -520,7 +525,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One picture of every task.", allow_abbrev=False)
     parser.add_argument("image", nargs="?", help="an image file; default: a drawn scene")
     parser.add_argument("--out", default="tasks.png", help="default: tasks.png")
-    parser.add_argument("--size", type=int, default=224, help="input size in pixels, a multiple of 32, A2's mask cell, 64 or more; default: 224")
+    parser.add_argument("--size", type=int, default=224, help="input size in pixels, a multiple of 32, "
+                        "A2's mask cell, 64 or more; default: 224")
     args = parser.parse_args(argv)
     if args.size < 64 or args.size % 32:
         parser.exit(2, f"degrade.py: --size {args.size} is not a multiple of 32, 64 or more\n")

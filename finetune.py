@@ -37,11 +37,11 @@ from pretrain import AUTOCAST, DROP, LABELS, MIX, BadRequest, Failure, agree, se
 # The papers' recipes and one that fits a CPU. lr is per 256 images; rand_augment: magnitude and its deviation; test_size
 # 0: the training size. A2's Table A2 prints 1e-3 (A3) and 1.5e-3 (A2): the first is RSB's own 8e-3 at batch 2048, the
 # second is not (RSB: 5e-3, 6.25e-4 per 256); the table is followed. The random crop and cls token are MAE's and BM's.
-DEIT = dict(img_size=[224], patch_size=16, epochs=100, warmup=5, batch_size=1024, micro=64, optimizer="adamw", lr=2.5e-4, weight_decay=0.05,
-            betas=[0.9, 0.999], clip=5, crop=[0.08, 1.0], layer_decay=0.65, drop_path=0.1, smoothing=0.1, rand_augment=[9, 0.5], mixup=0.8,
-            cutmix=1.0, loss="ce", pool="cls", test_size=0, test_crop=0.875)
-RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, weight_decay=0.02, clip=0, layer_decay=1.0, drop_path=0.0, smoothing=0.0,
-              rand_augment=[6, 0.5], mixup=0.1, loss="bce", test_size=224, test_crop=0.95)
+DEIT = dict(img_size=[224], patch_size=16, epochs=100, warmup=5, batch_size=1024, micro=64, optimizer="adamw", lr=2.5e-4,
+            weight_decay=0.05, betas=[0.9, 0.999], clip=5, crop=[0.08, 1.0], layer_decay=0.65, drop_path=0.1, smoothing=0.1,
+            rand_augment=[9, 0.5], mixup=0.8, cutmix=1.0, loss="ce", pool="cls", test_size=0, test_crop=0.875)
+RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, weight_decay=0.02, clip=0, layer_decay=1.0,
+              drop_path=0.0, smoothing=0.0, rand_augment=[6, 0.5], mixup=0.1, loss="bce", test_size=224, test_crop=0.95)
 RECIPES = {
     "deit": DEIT, "rsb_a3": RSB_A3,
     "rsb_a2": dict(RSB_A3, img_size=[224], epochs=300, lr=1.5e-3, drop_path=0.05, rand_augment=[7, 0.5]),
@@ -61,11 +61,12 @@ SAYS = dict(
     model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
     img_size="that of the run in --weights (of a ResNet on a folder the recipe's, 160 or 224); else 224 or 32, for a ResNet 64",
     patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
-    save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost", out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]",
+    save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost",
+    out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]",
     **{option: by_recipe(option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip", "crop")})
-SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool", "total_steps",
-            "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed", "layer_decay", "drop_path",
-            "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size", "test_crop")
+SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool",
+            "total_steps", "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed",
+            "layer_decay", "drop_path", "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size", "test_crop")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ def rand_augment(image, generator, magnitude, deviation):
     9 is 3 there).
     """
     for _ in range(2):
-        strength, used = magnitude + deviation * float(torch.randn((), generator=generator)), torch.rand((), generator=generator) < 0.5
+        strength = magnitude + deviation * float(torch.randn((), generator=generator))
+        used = torch.rand((), generator=generator) < 0.5
         policy = v2.RandAugment(1, round(10 * min(max(strength, 0), 10)), 101, v2.InterpolationMode.BILINEAR, [128] * len(image))
         with torch.random.fork_rng(devices=[]):                 # torchvision draws from the global generator
             torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
@@ -112,7 +114,8 @@ def mix(images, targets, mixup, cutmix, rng):
     if boxed:
         (H, W), (y, x) = images.shape[2:], rng.random(2)
         half = (1 - share) ** 0.5 / 2
-        top, bottom, left, right = (min(max(round((at + side) * n), 0), n) for at, n in ((y, H), (x, W)) for side in (-half, half))
+        edges = (min(max(round((at + side) * n), 0), n) for at, n in ((y, H), (x, W)) for side in (-half, half))
+        top, bottom, left, right = edges
         images, share = images.clone(), 1 - (bottom - top) * (right - left) / (H * W)
         images[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
     else:
@@ -137,11 +140,13 @@ def layer_scale(model, decay):
     """name -> decay^(L + 1 - l), what a ViT parameter's learning rate is times: l = 0 for the embeddings, block l's own
     1 .. L, L + 1 for what comes after (BEiT, A2 A.1). 1 throughout for decay 1.
     """
+    embeddings = ("cls_token", "pos_embed", "patch_embed")
+
     def scale(name):
         if decay == 1:
             return 1.0
         after = len(model.blocks) + 1
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else after
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if name.startswith(embeddings) else after
         return decay ** (after - layer)
     return scale
 
@@ -169,8 +174,10 @@ class LAMB(torch.optim.Optimizer):
                     state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
                 state["step"] += 1
                 t = state["step"].item()
-                m, v = state["exp_avg"].lerp_(w.grad, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
-                u = (m / (1 - beta1 ** t)).div_((v / (1 - beta2 ** t)).sqrt_().add_(group["eps"])).add_(w, alpha=group["weight_decay"])
+                m = state["exp_avg"].lerp_(w.grad, 1 - beta1)
+                v = state["exp_avg_sq"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
+                u = (m / (1 - beta1 ** t)).div_((v / (1 - beta2 ** t)).sqrt_().add_(group["eps"]))
+                u.add_(w, alpha=group["weight_decay"])
                 ratio = 1.0
                 if group["weight_decay"]:
                     of_w, of_u = w.norm(), u.norm()
@@ -212,7 +219,8 @@ def evaluate(model, data, c, place, bad_files):
     first, fifth, bad, *counts = agree([first, fifth, bad, *(confusion.flatten().tolist() if small else [])], place)
     if bad > 0.01 * len(data):
         files = bad_files.listed(place)
-        raise Failure("" if place.rank else f"{int(bad)} of {len(data)} images to measure on cannot be read: mend or replace {files}")
+        raise Failure("" if place.rank else f"{int(bad)} of {len(data)} images to measure on cannot be read: "
+                      f"mend or replace {files}")
     seen = len(data) - int(bad)
     figures = dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2), images=seen)
     return figures, torch.tensor(counts).view(classes, classes).long() if small else None
@@ -264,12 +272,13 @@ def baseline(c, figures, settings):
     """The run from random weights in a neighbouring folder, of the same `settings`, or how to make one."""
     folder = os.path.dirname(os.path.abspath(c["out"]))
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "result.json"))):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path) as file:            # others' files may hold anything
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path) as file:     # others' may hold anything
             other = json.load(file)
             if other["weights"] == "none" and other["settings"] == settings:
                 out = os.path.join(os.path.dirname(c["out"]), os.path.basename(os.path.dirname(path)))
                 return dict(weights="none", out=out, **{k: other[k] for k in figures})
-    asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k in ("model", "data", "img_size", "test_size", "patch_size", "pool", "labels", "seed") for v in [c.get(k)] if v is not None)
+    given = {k: c.get(k) for k in ("model", "data", "img_size", "test_size", "patch_size", "pool", "labels", "seed")}
+    asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items() if v is not None)
     return dict(weights="none", missing=f"{c['script']}.py --weights none {asked}, and what else this command was given")
 
 
@@ -280,7 +289,8 @@ def report(c, figures, same):
     out, shown = c["out"], ("script", "model", "data", "labels", "seed", "total_steps", "blocks", "weights")
     mine = {k: c[k] for k in shown if c.get(k) is not None} | figures
     if same:
-        mine["settings"] = hashlib.sha1(json.dumps({k: c[k] for k in same if k != "weights"}, sort_keys=True).encode()).hexdigest()[:8]
+        settings = json.dumps({k: c[k] for k in same if k != "weights"}, sort_keys=True)
+        mine["settings"] = hashlib.sha1(settings.encode()).hexdigest()[:8]
     if same and c["weights"] != "none":
         mine["compared_with"] = baseline(c, figures, mine["settings"])
     line = json.dumps(mine)
@@ -298,8 +308,10 @@ def report(c, figures, same):
 def weights_options(p):
     """What finetune.py, probe.py and analyze.py ask about an encoder."""
     p.set_defaults(data=None, root=None)                        # those of the run in --weights; None: not given
-    p.add_argument("--pool", choices=("cls", "mean"), help="a ViT's features: the cls token (BM), or the mean of the others; default: cls for a folder, mean for the small sets")
-    p.add_argument("--relative_positions", action="store_true", default=None, help="the ViT has a relative position bias; default: as the run in --weights")
+    p.add_argument("--pool", choices=("cls", "mean"), help="a ViT's features: the cls token (BM), or the mean of the others; "
+                   "default: cls for a folder, mean for the small sets")
+    p.add_argument("--relative_positions", action="store_true", default=None,
+                   help="the ViT has a relative position bias; default: as the run in --weights")
 
 
 def options():
@@ -307,7 +319,8 @@ def options():
     pretrain.common_options(p, SAYS)
     weights_options(p)
     o = p.add_argument
-    o("--recipe", choices=RECIPES, help="Table A2's, or one for a CPU; default: deit for a ViT, rsb_a3 for a ResNet, small for the small sets")
+    o("--recipe", choices=RECIPES,
+      help="Table A2's, or one for a CPU; default: deit for a ViT, rsb_a3 for a ResNet, small for the small sets")
     o("--labels", type=int, metavar="K", help="keep K labelled images a class, chosen by --seed; default: all")
     o("--eval", action="store_true", help="only measure the classifier in --weights")
     def of_recipe(name, help, **more):
@@ -317,11 +330,13 @@ def options():
     of_recipe("--drop_path", "stochastic depth of the last layer; ", type=float)
     of_recipe("--loss", "cross-entropy, or binary cross-entropy of each class; ", choices=("ce", "bce"))
     of_recipe("--smoothing", "of the labels; ", type=float)
-    of_recipe("--rand_augment", "RandAugment's strength, 0 to 10, 0 for none, and its deviation; ", type=float, nargs=2, metavar=("M", "STD"))
+    of_recipe("--rand_augment", "RandAugment's strength, 0 to 10, 0 for none, and its deviation; ", type=float, nargs=2,
+              metavar=("M", "STD"))
     of_recipe("--mixup", "0 for none; ", type=float, metavar="ALPHA")
     of_recipe("--cutmix", "0 for none; ", type=float, metavar="ALPHA")
     of_recipe("--test_crop", "side of the central part that is measured; ", type=float)
-    o("--test_size", type=int, metavar="PX", help="measure at this size, a ResNet only; default: 224 (rsb without --img_size), else the training size")
+    o("--test_size", type=int, metavar="PX",
+      help="measure at this size, a ResNet only; default: 224 (rsb without --img_size), else the training size")
     return p
 
 
@@ -345,10 +360,11 @@ def open_weights(args):
             except ValueError as error:
                 raise BadRequest(str(error))
             config = state.get("config")
-            if not (isinstance(config, dict) and config.get("model") in models.MODELS and isinstance(config.get("img_size"), list)):
-                config = {}                                     # others' files may hold anything there
+            ours = isinstance(config, dict) and config.get("model") in models.MODELS and isinstance(config.get("img_size"), list)
+            config = config if ours else {}                     # others' files may hold anything there
             state = dict(state, config=config)
-    for name in ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(MEASURED if measuring else ())):
+    taken = ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(MEASURED if measuring else ()))
+    for name in taken:
         if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes") and not measuring:
             continue                                            # a ResNet takes any size: the recipe's (RSB A3 trains at 160)
         if getattr(args, name) is None:
@@ -362,8 +378,9 @@ def labelled_data(args, place):
     data, val = (pretrain.load_data(vars(args), place, split, labelled=True) for split in ("train", "val"))
     missing, extra = ([x for x in a if x not in b] for a, b in ((data.classes, val.classes), (val.classes, data.classes)))
     if missing or extra:
-        raise BadRequest(f"the classes of {args.data}/val are not those of train: " + "; ".join(
-            f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" for what, names in (("without", missing), ("more:", extra)) if names))
+        differ = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
+                  for what, names in (("without", missing), ("more:", extra)) if names]
+        raise BadRequest(f"the classes of {args.data}/val are not those of train: {'; '.join(differ)}")
     if args.labels is None:
         return data, val
     pretrain.not_negative(vars(args), "seed")
@@ -375,7 +392,9 @@ def labelled_data(args, place):
 def folder_name(script, c):
     """SCRIPT-WEIGHTS-DATA[-LABELS][-SEED], what a run's folder is called after."""
     folder = c["weights"].removesuffix(os.sep + "checkpoint.pt")
-    base = f"none-{c['model']}" if c["weights"] == "none" else os.path.basename(folder if os.path.isdir(folder) else os.path.splitext(folder)[0])
+    base = os.path.basename(folder if os.path.isdir(folder) else os.path.splitext(folder)[0])
+    if c["weights"] == "none":
+        base = f"none-{c['model']}"
     more = [str(c["labels"])] if c.get("labels") else []
     return "-".join([script, base, os.path.basename(c["data"]), *more, *([f"seed{c['seed']}"] if c["seed"] else [])])
 
@@ -409,7 +428,8 @@ def choose_recipe(args, script):
     resnet = args.model in models.RESNETS
     name = args.recipe or ("small" if is_small(args.data) else "rsb_a3" if resnet else "deit")
     if name == "deit" and resnet or name.startswith("rsb") and not resnet:
-        raise BadRequest(f"--recipe {name} is a {'ViT' if resnet else 'ResNet'}'s: add --model {'vit_base, or another ViT' if resnet else 'resnet50, or another ResNet'}")
+        kind, other = ("ViT", "vit_base, or another ViT") if resnet else ("ResNet", "resnet50, or another ResNet")
+        raise BadRequest(f"--recipe {name} is a {kind}'s: add --model {other}")
     refuse_for_resnet(args)
     c, recipe = dict(vars(args), recipe=name, script=script), recipe_of(name, args.data, args.model)
     if c["img_size"] and c["test_size"] is None:
@@ -454,11 +474,14 @@ def load_model(c, state, place, classes=0, keep_head=False):
     """
     torch.manual_seed(c["seed"])
     try:
-        model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"], c["pool"] or "mean")
+        model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"],
+                               c["pool"] or "mean")
         if classes and c["model"] in models.VITS:
             nn.init.trunc_normal_(model.head.weight, std=2e-5)  # MAE's, so that fine-tuning begins with the encoder's features
-        weights = None if state is None else {k: v for k, v in models.tensors(state).items() if keep_head or not k.startswith(("head.", "fc."))}
-        report = None if state is None else models.load_weights(model, weights)
+        report = None
+        if state is not None:
+            weights, heads = models.tensors(state), () if keep_head else ("head.", "fc.")
+            report = models.load_weights(model, {k: v for k, v in weights.items() if not k.startswith(heads)})
     except ValueError as error:
         raise BadRequest(str(error))
     return models.to_device(model, place.device), report
@@ -466,7 +489,8 @@ def load_model(c, state, place, classes=0, keep_head=False):
 
 def optimizer_of(c, model):
     kind = LAMB if c["optimizer"] == "lamb" else functools.partial(torch.optim.AdamW, fused=True)
-    return kind(pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"])), lr=c["actual_lr"], betas=tuple(c["betas"]))
+    groups = pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"]))
+    return kind(groups, lr=c["actual_lr"], betas=tuple(c["betas"]))
 
 
 def augmentation(c):
@@ -492,8 +516,25 @@ def step_of(c, model, classes, device):
     return prepare, loss_of
 
 
-TRAINS = ("labels", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop", "resume", "save_every", "optimizer",
-          "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix", "compile")
+def data_line(c, length, measured):
+    """Recipe, model, data and what is measured, for the start of a run."""
+    size, test, few = c["img_size"], measured_size(c), f" ({c['labels']} a class)" if c["labels"] else ""
+    return (f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {length:,} images of {len(c['classes'])} "
+            f"classes{few}, input {size[0]}x{size[1]}, measured on {measured:,} at {test[0]}x{test[1]}, the "
+            f"central {c['test_crop']:g}")
+
+
+def recipe_line(c):
+    """The recipe's values, for the start of a run."""
+    return (f"{c['optimizer']}, layer decay {c['layer_decay']:g}, weight decay {c['weight_decay']:g}, gradient clip "
+            f"{c['clip'] or 'off'}, loss {c['loss']}, smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, "
+            f"RandAugment {c['rand_augment'][0]:g} {c['rand_augment'][1]:g}, mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, "
+            f"features: {c['pool'] or 'mean'}")
+
+
+TRAINS = ("labels", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop", "resume",
+          "save_every", "optimizer", "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix",
+          "compile")
 
 
 def measure_only(args, state, place):
@@ -505,17 +546,20 @@ def measure_only(args, state, place):
     val, weights = pretrain.load_data(c, place, "val", labelled=True), {} if state is None else models.tensors(state)
     head, classes = "fc.weight" if c["model"] in models.RESNETS else "head.weight", len(val.classes)
     if head not in weights or len(weights[head]) != classes:
-        raise BadRequest(f"--eval: {c['weights']} has {'no classifier' if head not in weights else f'a classifier of {len(weights[head])} classes'}, "
-                         f"{c['data']} has {classes} classes: give a fine-tuned run, and the --data it was made for")
+        has = f"a classifier of {len(weights[head])} classes" if head in weights else "no classifier"
+        raise BadRequest(f"--eval: {c['weights']} has {has}, {c['data']} has {classes} classes: "
+                         "give a fine-tuned run, and the --data it was made for")
     known = state["config"].get("classes", val.classes)
     if known != val.classes:
         other = next((a, b) for a, b in zip(known, val.classes) if a != b)
-        raise BadRequest(f"--eval: the classes of {c['weights']} are not those of {c['data']}: {other[0]} there is {other[1]} here")
+        raise BadRequest(f"--eval: the classes of {c['weights']} are not those of {c['data']}: {other[0]} there is {other[1]} "
+                         "here")
     c.update(channels=val.channels, workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
              out=c["out"] or os.path.join("runs", folder_name("eval", c)))
     model, loaded = load_model(c, state, place, classes, keep_head=True)
     if loaded.missing:
-        raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a {c['model']}: its scores would mean nothing")
+        raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a "
+                         f"{c['model']}: its scores would mean nothing")
     if place.rank == 0:
         print(loaded)
     make_folder(c, place)
@@ -546,16 +590,10 @@ def run(args):
     scaler = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16")
     start, progress, log = pretrain.begin(c, place, model, optimizer, scaler, SAME_RUN)
     if main:
-        few = f" ({c['labels']} a class)" if c["labels"] else ""
-        print(f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes{few}, "
-              f"input {c['img_size'][0]}x{c['img_size'][1]}, measured on {len(val):,} at {'x'.join(map(str, measured_size(c)))}, the central {c['test_crop']:g}")
-        print(pretrain.batch_line(c, len(data)))
-        print(f"{c['optimizer']}, layer decay {c['layer_decay']:g}, weight decay {c['weight_decay']:g}, gradient clip {c['clip'] or 'off'}, "
-              f"loss {c['loss']}, smoothing {c['smoothing']:g}, drop path {c['drop_path']:g}, RandAugment {c['rand_augment'][0]:g} "
-              f"{c['rand_augment'][1]:g}, mixup {c['mixup']:g}, cutmix {c['cutmix']:g}, features: {c['pool'] or 'mean'}")
-        print(pretrain.device_line(c, place, start), flush=True)
+        print(data_line(c, len(data), len(val)), pretrain.batch_line(c, len(data)), recipe_line(c),
+              pretrain.device_line(c, place, start), sep="\n", flush=True)
     last, bad_files, (prepare, loss_of) = {}, pretrain.BadFiles(len(val), 1), step_of(c, model, classes, device)
-    known = {line["step"] for line in log.lines if "top1" in line}                             # measured before the run was stopped
+    known = {line["step"] for line in log.lines if "top1" in line}          # measured before the run was stopped
 
     def check(step):
         finite = all(x.isfinite().all() for x in model.state_dict().values())
@@ -576,7 +614,8 @@ def run(args):
     missed = main and start not in known and (start == c["total_steps"] or start > 0 and start % c["save_every"] == 0)
     if agree([float(missed)], place)[0]:                        # stopped between saving and measuring
         measure(start)
-    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure, augmentation(c))
+    code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure,
+                          augmentation(c))
     if not code and not last:
         measure(start)
     if main and code:

@@ -204,7 +204,8 @@ class ViT(Normalized):
     token (BM 4.2) or the mean of the patch tokens.
     """
 
-    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0, relative_positions=False, pool="cls"):
+    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0,
+                 relative_positions=False, pool="cls"):
         super().__init__(img_size, patch_size, channels)
         self.dim, self.branches, self.pool = dim, 2 * depth, pool
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -532,16 +533,19 @@ def token_layer(name, token_at):
     """
     resnet, deepest = name in RESNETS, 4 if name in RESNETS else VITS[name][0][1]
     if token_at == "decoder" and resnet:
-        raise ValueError(f"--token_at decoder: a {name} has to see every pixel, so it has no such decoder: choose input, middle, none or a stage 1 .. 4")
+        raise ValueError(f"--token_at decoder: a {name} has to see every pixel, so it has no such decoder: choose input, middle, "
+                         "none or a stage 1 .. 4")
     words = {"decoder": "decoder", "none": None, "input": 0, "middle": RESNET_STAGE if resnet else VITS[name][2]}
     if token_at in words:
         return words[token_at]
     if str(token_at).isdecimal() and int(token_at) <= deepest:
         return int(token_at)
-    raise ValueError(f"--token_at {token_at}: {name} takes {'' if resnet else 'decoder, '}input, middle, none or a {'stage' if resnet else 'layer'} 0 .. {deepest}")
+    raise ValueError(f"--token_at {token_at}: {name} takes {'' if resnet else 'decoder, '}input, middle, none or a "
+                     f"{'stage' if resnet else 'layer'} 0 .. {deepest}")
 
 
-def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add", decoder=None, relative_positions=False):
+def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add", decoder=None,
+                   relative_positions=False):
     """A model of MODELS that recovers an image: images (B, C, H, W), hidden (B, N) -> patches (B, N, p p C).
 
     token_at: as in token_layer; None is "decoder", for a ResNet "middle". At the decoder the model is an EncoderDecoder,
@@ -550,7 +554,8 @@ def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None,
     """
     layer = token_layer(name, token_at if token_at is not None else "middle" if name in RESNETS else "decoder")
     if layer != "decoder" and decoder:
-        raise ValueError(f"decoder {decoder}: with the token at {token_at} one linear layer predicts the pixels, there is no decoder: leave it out")
+        raise ValueError(f"decoder {decoder}: with the token at {token_at} one linear layer predicts the pixels, there is no "
+                         "decoder: leave it out")
     if name in RESNETS:
         if relative_positions:
             raise ValueError(f"relative positions are a ViT's: {name} has no attention")
@@ -565,7 +570,8 @@ def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None,
             raise ValueError
     except ValueError:
         raise ValueError(f"decoder '{decoder}' is not DEPTHxWIDTHxHEADS with a width divisible by 4 x heads: try 4x384x6")
-    return EncoderDecoder(img_size, patch_size, dim, depth, heads, decoder_depth=decoder_depth, decoder_dim=decoder_dim, decoder_heads=decoder_heads, **more)
+    return EncoderDecoder(img_size, patch_size, dim, depth, heads, decoder_depth=decoder_depth, decoder_dim=decoder_dim,
+                          decoder_heads=decoder_heads, **more)
 
 
 def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0, relative_positions=False, pool="cls"):
@@ -619,7 +625,8 @@ class Loaded(NamedTuple):
     def __str__(self):
         def few(names):
             return f"{len(names)}" + (f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "")
-        return f"weights: {len(self.loaded)} loaded, {few(self.resized)} resized, {few(self.missing)} missing, {few(self.unexpected)} not used"
+        return (f"weights: {len(self.loaded)} loaded, {few(self.resized)} resized, {few(self.missing)} missing, "
+                f"{few(self.unexpected)} not used")
 
 
 def resize_positions(table, grid, cls=1):
@@ -673,7 +680,9 @@ def load_weights(model, source):
         elif name.startswith(("head.", "fc.")) or name.startswith(RECOVERY) and "decoder_embed.weight" not in own:
             del state[name]
         else:
-            options = "--decoder (MAE's is 8x512x16)" if name.startswith(RECOVERY) else "--model, --patch_size and kind of --data (grey or colour)"
+            options = "--model, --patch_size and kind of --data (grey or colour)"
+            if name.startswith(RECOVERY):
+                options = "--decoder (MAE's is 8x512x16)"
             raise ValueError(f"{name} is {tuple(state[name].shape)} in the weights and {tuple(own[name].shape)} in the model: "
                              f"choose the {options} the weights were made with")
     loaded = [n for n in state if n in own]
@@ -684,8 +693,8 @@ def load_weights(model, source):
     over = [n for n in state if n not in own and n.startswith(("blocks.", "layer"))]
     if missing or over:
         biased = " and --relative_positions" if any("relative_position" in n for n in over) else ""
-        raise ValueError(f"the blocks of these weights are not the model's: {len(missing)} missing ({', '.join(missing[:2])}), {len(over)} left over "
-                         f"({', '.join(over[:2])}): choose the --model{biased} the weights were made with")
+        raise ValueError(f"the blocks of these weights are not the model's: {len(missing)} missing ({', '.join(missing[:2])}), "
+                         f"{len(over)} left over ({', '.join(over[:2])}): choose the --model{biased} the weights were made with")
     model.load_state_dict(state, strict=False)
     return Loaded(loaded, [n for n in own if n not in state], [n for n in state if n not in own] + unused, resized)
 
@@ -714,7 +723,8 @@ def flops(model, images, hidden=None):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Parameters, FLOPs and shapes of each model; or --export.", allow_abbrev=False)
-    p.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "OUT"), help="write the encoder alone, under timm's or torchvision's names")
+    p.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "OUT"),
+                   help="write the encoder alone, under timm's or torchvision's names")
     args = p.parse_args(argv)
     if args.export:
         try:
@@ -731,15 +741,18 @@ def main(argv=None):
             alone, *ways = encoder(name, size, patch), *((at, recovery_model(name, size, patch, token_at=at)) for at in ways)
         count = sum(p.numel() for p in alone.parameters())
         alone, images = alone.to_empty(device="cpu").eval(), torch.zeros(1, 3, size, size)
-        print(f"{name}: {size} px, patch {patch}: encoder {count / 1e6:.2f} M parameters, {flops(alone, images) / 1e9:.3f} GFLOPs an image")
+        print(f"{name}: {size} px, patch {patch}: encoder {count / 1e6:.2f} M parameters, "
+              f"{flops(alone, images) / 1e9:.3f} GFLOPs an image")
         for at, model in ways:
             model, trail = model.to_empty(device="cpu").eval(), []
             hidden = torch.arange((size // patch) ** 2)[None] >= (size // patch) ** 2 // 4
-            for part in ("blocks.0", "layer1", "layer2", "layer3", "layer4", "norm", "decoder_embed", "decoder_norm", "decoder_pred"):
+            for part in ("blocks.0", "layer1", "layer2", "layer3", "layer4", "norm", "decoder_embed", "decoder_norm",
+                         "decoder_pred"):
                 if hasattr(model, part.split(".")[0]):
                     model.get_submodule(part).register_forward_hook(
                         lambda module, inputs, out, part=part: trail.append(f"{part} {tuple(out.shape)}"))
-            masked, recover = flops(model, images, hidden), sum(p.numel() for n, p in model.named_parameters() if n.startswith(RECOVERY))
+            masked = flops(model, images, hidden)
+            recover = sum(p.numel() for n, p in model.named_parameters() if n.startswith(RECOVERY))
             where = "in the decoder" if at == "decoder" else f"after {'stage' if name in RESNETS else 'layer'} {model.token_at}"
             print(f"    token {where}: {recover / 1e6:.2f} M more parameters; with 75% hidden {masked / 1e9:.3f} GFLOPs\n"
                   f"    images (1, 3, {size}, {size}) -> " + " -> ".join(trail))

@@ -68,9 +68,9 @@ RECIPES = {
        for data, epochs in (("shapes", 5), ("small", 3)) for paper in ("BM", "A2")},
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
-SAME_RUN = ("task", "settings", "model", "token_at", "token_how", "relative_positions", "data", "images", "img_size", "patch_size",
-            "decoder", "total_steps", "warmup_steps", "batch_size", "lr", "weight_decay", "betas", "clip", "crop", "seed",
-            "norm_target", "band_weight", "loss", "freq_weight", "freq_alpha", "freq_batch_mean")
+SAME_RUN = ("task", "settings", "model", "token_at", "token_how", "relative_positions", "data", "images", "img_size",
+            "patch_size", "decoder", "total_steps", "warmup_steps", "batch_size", "lr", "weight_decay", "betas", "clip", "crop",
+            "seed", "norm_target", "band_weight", "loss", "freq_weight", "freq_alpha", "freq_batch_mean")
 
 
 def recipe_of(data, paper, model=None):
@@ -227,7 +227,8 @@ class MemorySet:
         for index in rows.split(batch) if len(rows) else ():
             images = degrade.center_crop(self.images[index.to(self.images.device)].float() / 255, (h, w))
             box = torch.tensor([0.0, 0.0, h, w], device=images.device).expand(len(images), 4)
-            yield degrade.crop_resize(images, box, size, cubic=True).clamp(0, 1), None if self.labels is None else self.labels[index].to(images.device), []
+            views = degrade.crop_resize(images, box, size, cubic=True).clamp(0, 1)
+            yield views, None if self.labels is None else self.labels[index].to(views.device), []
 
     def picture_views(self, n, size):
         return degrade.scaled(self.shown[:n].float() / 255, size)
@@ -287,7 +288,8 @@ def shapes(n, size=48, seed=0, chunk=500):
             ground = near * (1 - ramp) + far * ramp                                            # (k, 3, size, size)
             middle = (near + far) / 2
             close = (paint - middle).abs().amax(1, keepdim=True) < 0.45                        # an object must show
-            paint = torch.where(close, (middle + 0.5) % 1, paint) + 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * wave(r[15]))[:, None]
+            paint = torch.where(close, (middle + 0.5) % 1, paint)
+            paint = paint + 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * wave(r[15]))[:, None]                 # stripes
             cover = (0.5 + inside).clamp(0, 1)[:, None]
             images[rows] = ((ground * (1 - cover) + paint * cover).clamp(0, 1) * 255).round().to(torch.uint8)
             masks[rows] = inside > 0
@@ -461,8 +463,8 @@ def load_data(config, place, split="train", labelled=False):
                 try:
                     made = kind(config["root"], download=config["download"] and not turn, **which)
                 except (RuntimeError, OSError) as error:
-                    trouble = f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): add --download, or --root with the folder " \
-                              "that holds it, for all machines"
+                    trouble = (f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): add --download, or --root "
+                               "with the folder that holds it, for all machines")
             if agree([float(bool(trouble))], place)[0]:
                 raise BadRequest(trouble)
         images = torch.as_tensor(made.data)
@@ -504,7 +506,8 @@ def set_up(device="auto"):
         torch.cuda.set_device(local)                            # CUDA only: one GPU a process
         device = f"cuda:{local}"
     if device == "mps" and (world > 1 or not torch.backends.mps.is_available()):
-        raise BadRequest(f"--device mps: torch sees no Metal device here, or {world} processes are too many for it, choose --device cpu")
+        raise BadRequest(f"--device mps: torch sees no Metal device here, or {world} processes are too many for it, "
+                         "choose --device cpu")
     torch.set_num_threads(max(1, cores() // per_node))
     with contextlib.suppress(OSError, AttributeError):          # CPU, glibc: keep freed memory. Asking the system for it
         libc = ctypes.CDLL("libc.so.6")                         # again at every operation costs a tenth of a step and more
@@ -532,7 +535,7 @@ def precision(amp, device):
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    fast = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if device.type == "cpu" and fast else "off"
 
 
@@ -549,8 +552,8 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
     for name, p in model.named_parameters():
         if p.requires_grad:
             free = p.ndim <= 1 or any(word in name for word in ("_token", "pos_embed", "relative_position"))
-            key = free, scale(name)
-            groups.setdefault(key, dict(params=[], weight_decay=0.0 if free else weight_decay, lr_scale=key[1]))["params"].append(p)
+            decay, key = 0.0 if free else weight_decay, (free, scale(name))
+            groups.setdefault(key, dict(params=[], weight_decay=decay, lr_scale=key[1]))["params"].append(p)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -640,20 +643,29 @@ def common_options(p, says, only=None):
     o("--workers", "loader processes for a folder", type=int)
     o("--compile", "torch.compile the model", action="store_true")
     o("--out", "the run's folder", metavar="DIR")
-    o("--resume", "go on from a checkpoint; without a path from the one in --out, if it is there", nargs="?", const="auto", metavar="PATH")
+    o("--resume", "go on from a checkpoint; without a path from the one in --out, if it is there", nargs="?", const="auto",
+      metavar="PATH")
     o("--save_every", "steps between checkpoints", type=int, metavar="STEPS")
     o("--log_every", "steps between lines of log.jsonl", 20, type=int, metavar="STEPS")
     o("--weights", "a run's folder, or weights (ours, MAE's, timm's or torchvision's names)", "none", metavar="PATH|none")
 
 
-DEVICE_SAYS = dict(workers="1 on a CPU, up to 8 with a GPU", accum="as few as keep one at 64 images or fewer (256 for the small sets)",
-                   steps="by --epochs")
+DEVICE_SAYS = dict(workers="1 on a CPU, up to 8 with a GPU", steps="by --epochs",
+                   accum="as few as keep one at 64 images or fewer (256 for the small sets)")
 SAYS = dict(
-    **DEVICE_SAYS, model="vit_base for a folder, vit_micro for the small sets", img_size="224 for a folder; 32, for a ResNet 64, for the small sets",
-    patch_size="16 for a folder; 4, for a ResNet 8, for the small sets", epochs="300 for a folder (800 for A2's ViT-B), 3-15 for the small sets",
-    batch_size="4096 (A2's tasks 2048) for a folder, or 256", lr="1.5e-4 (A2's tasks on a ViT 1e-4) for a folder, or 1.5e-3", weight_decay="0.05",
-    betas="0.9 0.95, for A2's tasks 0.9 0.999", clip="0, for A2's tasks on a ViT 5", warmup="40 of 300 (A2's tasks 10), or a twentieth of a small run",
-    crop="0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1", save_every="a twentieth of the run, at least 50; with a picture",
+    **DEVICE_SAYS,
+    model="vit_base for a folder, vit_micro for the small sets",
+    img_size="224 for a folder; 32, for a ResNet 64, for the small sets",
+    patch_size="16 for a folder; 4, for a ResNet 8, for the small sets",
+    epochs="300 for a folder (800 for A2's ViT-B), 3-15 for the small sets",
+    batch_size="4096 (A2's tasks 2048) for a folder, or 256",
+    lr="1.5e-4 (A2's tasks on a ViT 1e-4) for a folder, or 1.5e-3",
+    weight_decay="0.05",
+    betas="0.9 0.95, for A2's tasks 0.9 0.999",
+    clip="0, for A2's tasks on a ViT 5",
+    warmup="40 of 300 (A2's tasks 10), or a twentieth of a small run",
+    crop="0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1",
+    save_every="a twentieth of the run, at least 50; with a picture",
     out="that of --resume PATH, or runs/TASK-MODEL-DATA")
 
 
@@ -663,20 +675,26 @@ def options():
     p.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, help="default: zoom_in_mask")
     common_options(p, SAYS)
     m = p.add_argument_group("where the mask token enters").add_argument
-    m("--token_at", metavar="PLACE", help="decoder (a ViT's only: hidden patches are dropped, MAE), input (as 0), middle, none, or the layer or stage it follows, "
-      "0: the projection or stem; default: decoder for BM's tasks (a ResNet: middle), input for simmim, middle for a2mim; middle is ViT-S 5, ViT-B 8, stage 3")
-    m("--token_how", choices=models.TOKEN_HOWS, help="added to the features, instead of them, or (A2's code) added to them times a learned factor "
-      "that starts at 1e-6; default: add, for simmim and --fill token replace")
+    m("--token_at", metavar="PLACE",
+      help="decoder (a ViT's only: hidden patches are dropped, MAE), input (as 0), middle, none, or the layer or stage it "
+      "follows, 0: the projection or stem; default: decoder for BM's tasks (a ResNet: middle), input for simmim, middle for "
+      "a2mim; middle is ViT-S 5, ViT-B 8, stage 3")
+    m("--token_how", choices=models.TOKEN_HOWS,
+      help="added to the features, instead of them, or (A2's code) added to them times a learned factor that starts at 1e-6; "
+      "default: add, for simmim and --fill token replace")
     m("--decoder", metavar="DEPTHxWIDTHxHEADS", help="default: 4x384x6 (BM), 2x64x2 for vit_micro; MAE's is 8x512x16")
     m("--relative_positions", action="store_true", help="a relative position bias in the ViT, learned from zero (A2 A.2)")
     l = p.add_argument_group("the loss").add_argument
     l("--loss", choices=("mse", "l1"), help="distance in pixels; default: mse, for A2's tasks l1")
-    l("--norm_target", choices=("patch", "channel", "off"), help="target pixels normalised per patch (MAE), per patch and channel (BM's code), or plain; default: patch, for A2's tasks off")
+    l("--norm_target", choices=("patch", "channel", "off"),
+      help="target pixels normalised per patch (MAE), per patch and channel (BM's code), or plain; default: patch, for A2's "
+      "tasks off")
     l("--band_weight", type=float, help="weight of the outer band in zoom_in_mask, the centre's is one minus it; default: 0.2")
     l("--freq_weight", type=float, help="lambda, weight of the focal frequency loss (A2 eq. 6); default: 0, for a2mim 0.5")
     l("--freq_alpha", type=float, help="exponent of its weighting (A2 eq. 5), 0 is no weighting; default: 1")
-    l("--freq_batch_mean", action="store_true", help="compare spectra averaged over the images a process holds at once, as A2's code does: errors of "
-      "different images cancel, and the run depends on --accum and the number of processes")
+    l("--freq_batch_mean", action="store_true",
+      help="compare spectra averaged over the images a process holds at once, as A2's code does: errors of different images "
+      "cancel, and the run depends on --accum and the number of processes")
     tasks = p.add_argument_group("settings of the tasks", "default: the paper's best")
     for name, defaults in settings().items():
         default = next((v for v in defaults.values() if v is not None), None)
@@ -697,7 +715,8 @@ def in_words(values):
 def settings():
     """Every setting of every task: {setting: {task: default}}."""
     every = {task: degrade.task_settings(task) for task in degrade.TASKS}
-    return {name: {task: row[name] for task, row in every.items() if name in row} for name in dict.fromkeys(k for row in every.values() for k in row)}
+    names = dict.fromkeys(name for row in every.values() for name in row)
+    return {name: {task: row[name] for task, row in every.items() if name in row} for name in names}
 
 
 def resolve(args, place, length, channels):
@@ -767,8 +786,8 @@ def share_out(c, recipe, place, length, channels, name):
                          f"choose a multiple of {world * c['accum']}")
     c["images_per_process"] = B // (world * c["accum"])
     if c["model"] in models.RESNETS and world * c["images_per_process"] * size[0] * size[1] < 2 * models.ResNet.stride ** 2:
-        raise BadRequest(f"batch of 1 at {size[0]}x{size[1]}: batch norm has nothing to average over in a last feature map of 1x1; "
-                         "choose a larger --batch_size, a smaller --accum or a larger --img_size")
+        raise BadRequest(f"batch of 1 at {size[0]}x{size[1]}: batch norm has nothing to average over in a last feature map of "
+                         "1x1; choose a larger --batch_size, a smaller --accum or a larger --img_size")
     c["actual_lr"] = c["lr"] * B / 256                          # linear scaling
     c["total_steps"] = c["steps"] or math.ceil(c["epochs"] * length / B)
     if c["warmup"] is None:                                     # the recipe's share of the run
@@ -802,11 +821,14 @@ def _resolve_token(c, row, fill):
     if layer not in ("decoder", None):
         c["token_how"] = c["token_how"] or ("replace" if fill == "token" or row.fill == "token" else "add")
     if fill == "token" and layer != 0:
-        raise BadRequest(f"--fill token is the mask token at the input, --token_at {asked} puts it elsewhere: choose one of the two, or --fill mean")
+        raise BadRequest(f"--fill token is the mask token at the input, --token_at {asked} puts it elsewhere: choose one of the "
+                         "two, or --fill mean")
     if layer == "decoder" and fill:
-        raise BadRequest(f"--fill {fill} does nothing with the token at the decoder: hidden patches are dropped; add --token_at middle")
+        raise BadRequest(f"--fill {fill} does nothing with the token at the decoder: hidden patches are dropped; "
+                         "add --token_at middle")
     if layer == 0 and fill in ("mean", "zero") and c["token_how"] == "replace" and not resnet:
-        raise BadRequest(f"--fill {fill} does nothing where the token replaces a ViT's patches at the input: add --token_at none, or --token_how add")
+        raise BadRequest(f"--fill {fill} does nothing where the token replaces a ViT's patches at the input: "
+                         "add --token_at none, or --token_how add")
     if layer != "decoder" and not c["settings"]["mask_ratio"]:  # nothing is hidden: no token, nothing to fill
         c["token_at"], c["token_how"], c["settings"]["fill"] = "none", None, None
         return
@@ -827,7 +849,8 @@ def _resolve_loss(c, row):
         name = "freq_batch_mean" if c["freq_batch_mean"] else f"freq_alpha {c['freq_alpha']}"
         raise BadRequest(f"--{name} does nothing without the frequency loss: add --freq_weight 0.5")
     if c["band_weight"] is not None and (row.target != "whole" or c["settings"]["view_size"] == c["img_size"][0]):
-        raise BadRequest(f"--band_weight {c['band_weight']} does nothing here: only a whole view larger than the input has an outer band")
+        raise BadRequest(f"--band_weight {c['band_weight']} does nothing here: only a whole view larger than the input has an "
+                         "outer band")
     c["freq_alpha"] = 1.0 if c["freq_alpha"] is None else c["freq_alpha"]
     c["band_weight"] = 0.2 if c["band_weight"] is None else c["band_weight"]
     if not 0 <= c["band_weight"] <= 1:
@@ -836,8 +859,8 @@ def _resolve_loss(c, row):
 
 def build(c):
     """The model that the configuration settles, with fresh weights. ValueError for what it cannot have."""
-    return models.recovery_model(c["model"], c["img_size"], c["patch_size"], c["channels"], c["token_at"], c["token_how"] or "add",
-                                 c["decoder"], c["relative_positions"])
+    return models.recovery_model(c["model"], c["img_size"], c["patch_size"], c["channels"], c["token_at"],
+                                 c["token_how"] or "add", c["decoder"], c["relative_positions"])
 
 
 def the_loss(c):
@@ -853,7 +876,9 @@ def provenance():
                                 capture_output=True, text=True).stdout.strip() or None
     except OSError:
         commit = None
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+    hardware = f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
     return dict(command=" ".join(sys.argv), torch=torch.__version__, torchvision=torchvision.__version__,
                 hardware=hardware, commit=commit, started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
@@ -957,7 +982,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
     apart = getattr(net, "no_sync", contextlib.nullcontext)
     k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
-    views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device, workers=c["workers"], augment=augment)
+    views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device,
+                         workers=c["workers"], augment=augment)
     signals, bad_files, leaving = Signals(), BadFiles(len(data), B), False
     since, waited, timed, speed = time.perf_counter(), 0.0, 0, 0.0
     bar = tqdm(total=total, initial=start, unit="step", disable=place.rank > 0, mininterval=1, dynamic_ncols=True)
@@ -982,8 +1008,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
 
             loss, told, bad = agree([float(loss) / place.world, signals.received, bad], place)
             if not math.isfinite(loss):
-                raise Failure("" if place.rank else f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was saved "
-                              "since the last checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
+                raise Failure("" if place.rank else f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was "
+                              "saved since the last checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
             if c["clip"]:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
@@ -1072,17 +1098,36 @@ def open_folder(c, place, more=lambda: None):
     return made
 
 
+def task_line(c, length):
+    """Task, model, data and the task's settings, for the start of a run."""
+    view, size, settings = c["view"], c["img_size"], [f"{k} {v}" for k, v in c["settings"].items() if v is not None]
+    return (f"{c['task']}: {c['model']} on {c['data']}, {length:,} images, view {view[0]}x{view[1]} -> "
+            f"input {size[0]}x{size[1]}, {', '.join(settings)}")
+
+
+def loss_line(c):
+    """The mask token, the loss and the optimiser, for the start of a run."""
+    layer = f"after {'stage' if c['model'] in models.RESNETS else 'layer'} {c['token_at']} ({c['token_how']})"
+    places = {"decoder": f"at the decoder {c['decoder']}", "none": "nowhere", 0: f"at the input ({c['token_how']})"}
+    batch_mean = ", batch mean" if c["freq_batch_mean"] else ""
+    frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{batch_mean})" if c["freq_weight"] else ""
+    return (f"mask token {places.get(c['token_at'], layer)}, loss {c['loss']} of pixels, normalised: {c['norm_target']}"
+            f"{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, gradient clip {c['clip'] or 'off'}"
+            f"{', relative positions' if c['relative_positions'] else ''}")
+
+
 def batch_line(c, length):
     """Batch, learning rate and steps with their real numbers, for the start of a run."""
-    return (f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} accumulated, "
-            f"learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
+    return (f"batch {c['batch_size']} = {c['images_per_process']} images x {c['processes']} processes x {c['accum']} "
+            f"accumulated, learning rate {c['lr']:.3g} x {c['batch_size']}/256 = {c['actual_lr']:.3g}, {c['total_steps']} steps "
             f"({c['total_steps'] * c['batch_size'] / length:.2f} epochs), {c['warmup_steps']} of warm-up")
 
 
 def device_line(c, place, start):
     """Device, precision, kernels and where the run starts from, for the start of a run."""
-    resnet = c["model"] in models.RESNETS
-    kernel = "convolutions channels-last" if resnet else f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
+    kernel = f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
+    if c["model"] in models.RESNETS:
+        kernel = "convolutions channels-last"
     return (f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
             f"seed {c['seed']}, commit {provenance()['commit'] or 'none'}, "
             f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}")
@@ -1106,20 +1151,12 @@ def run(args):
     if c["token_at"] == "decoder":                              # nothing hidden: DDP waits for a gradient that never comes
         model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))
     model = models.to_device(model, device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=tuple(c["betas"]), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"]), lr=c["actual_lr"], betas=tuple(c["betas"]),
+                                  fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16")
     start, progress, log = begin(c, place, model, optimizer, scaler, SAME_RUN)
     if main:
-        print(f"{c['task']}: {c['model']} on {c['data']}, {len(data):,} images, view {c['view'][0]}x{c['view'][1]} -> input "
-              f"{c['img_size'][0]}x{c['img_size'][1]}, " + ", ".join(f"{k} {v}" for k, v in c["settings"].items() if v is not None))
-        print(batch_line(c, len(data)))
-        places = {"decoder": f"at the decoder {c['decoder']}", "none": "nowhere", 0: f"at the input ({c['token_how']})"}
-        token = "mask token " + places.get(c["token_at"], f"after {'stage' if c['model'] in models.RESNETS else 'layer'} {c['token_at']} ({c['token_how']})")
-        batch_mean = ", batch mean" if c["freq_batch_mean"] else ""
-        frequency = f" + {c['freq_weight']:g} x focal frequency (alpha {c['freq_alpha']:g}{batch_mean})" if c["freq_weight"] else ""
-        print(f"{token}, loss {c['loss']} of pixels, normalised: {c['norm_target']}{frequency}, AdamW betas {c['betas'][0]:g} {c['betas'][1]:g}, "
-              f"gradient clip {c['clip'] or 'off'}{', relative positions' if c['relative_positions'] else ''}")
-        print(device_line(c, place, start), flush=True)
+        print(task_line(c, len(data)), batch_line(c, len(data)), loss_line(c), device_line(c, place, start), sep="\n", flush=True)
 
     size, p = tuple(c["img_size"]), c["patch_size"]
 
@@ -1131,7 +1168,7 @@ def run(args):
             prediction = net(d.inputs, d.hidden)
         return losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted, **the_loss(c))
 
-    def check(step):                            # a model whose own prediction is not finite is not saved: the last one is worth more
+    def check(step):        # a model whose own prediction is not finite is not saved: the last one is worth more
         if not main:
             return "", {}
         try:
@@ -1158,7 +1195,8 @@ def summary(folder):
         curve = [json.loads(line)["loss"] for line in file]
     tenths = [np.mean(part) for part in np.array_split(curve, min(10, len(curve)))] if curve else []
     pictures = sorted(name for name in os.listdir(folder) if name.startswith("recovered_"))[-1:]
-    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {', '.join([folder + '/checkpoint.pt', 'log.jsonl', 'config.json', *pictures])}"
+    files = ", ".join([f"{folder}/checkpoint.pt", "log.jsonl", "config.json", *pictures])
+    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {files}"
 
 
 def command(run, options, argv=None):

@@ -62,7 +62,8 @@ def knn(train, labels, test, classes, k=20, temperature=0.07):
     votes = []
     for some in test.split(max(1, 2 ** 27 // len(train))):      # half a GiB of similarities at once
         near, which = (some @ train.T).topk(k)
-        votes.append(torch.zeros(len(some), classes, device=test.device).scatter_add_(1, labels[which], ((near - 1) / temperature).exp()))
+        of_class = torch.zeros(len(some), classes, device=test.device)
+        votes.append(of_class.scatter_add_(1, labels[which], ((near - 1) / temperature).exp()))
     return torch.cat(votes)
 
 
@@ -103,7 +104,9 @@ def linear_probe(train, labels, classes, resnet, seed=0):
     total = 100 * (n // batch) if resnet else max(90 * (n // batch), 2000)
     for step in tqdm(range(total), desc="linear probe", unit="step", leave=False):
         rows = samples(step, batch, n, seed)[:, 1].to(train.device) if batch < n else slice(None)
-        lr = 30 * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total)) if resnet else learning_rate(step, total, total // 9, 6.4)
+        lr = learning_rate(step, total, total // 9, 6.4)
+        if resnet:
+            lr = 30 * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         F.cross_entropy(head(train[rows]), labels[rows]).backward()
@@ -163,21 +166,24 @@ def blocks_probe(model, data, val, train, test, c, place):
             scaler.update()
             step += 1
     probe.eval()
+    rows = torch.arange(len(val) if test[2] is None else len(test[1]))
     with torch.no_grad():
-        found = [(scores_of(tokens), labels) for tokens, labels in batches(val, test, torch.arange(len(test[1]) if test[2] is not None else len(val)))]
+        found = [(scores_of(tokens), labels) for tokens, labels in batches(val, test, rows)]
     return tuple(torch.cat(x) for x in zip(*found))
 
 
 SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
             epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-SEED]", workers=pretrain.DEVICE_SAYS["workers"])
-COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out", "weights")
+COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out",
+          "weights")
 
 
 def options():
     p = pretrain.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     pretrain.common_options(p, SAYS, COMMON)
     finetune.weights_options(p)
-    p.add_argument("--blocks", type=int, choices=(2, 4), help="also the non-linear probe, of so many transformer blocks (BM section 5), for --epochs")
+    p.add_argument("--blocks", type=int, choices=(2, 4),
+                   help="also the non-linear probe, of so many transformer blocks (BM section 5), for --epochs")
     p.add_argument("--labels", type=int, metavar="K", help="keep K labelled images a class, chosen by --seed; default: all")
     return p
 
@@ -185,7 +191,8 @@ def options():
 def accuracy(scores, labels, name):
     """Top-1 and top-5 in % of scores (m, classes): {name: ., name_top5: .}."""
     hit = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    return {name: round(100 * hit[:, 0].float().mean().item(), 2), f"{name}_top5": round(100 * hit.any(1).float().mean().item(), 2)}
+    top1, top5 = (round(100 * x.float().mean().item(), 2) for x in (hit[:, 0], hit.any(1)))
+    return {name: top1, f"{name}_top5": top5}
 
 
 SAME = ("data", "model", "img_size", "patch_size", "relative_positions", "pool", "labels", "seed", "blocks", "epochs")
@@ -207,20 +214,22 @@ def run(args):
     resnet, classes = c["model"] in models.RESNETS, len(data.classes)
     finetune.refuse_for_resnet(args)
     pretrain.not_negative(c, "seed", "workers")
-    c.update(channels=data.channels, epochs=int(c["epochs"] or 20) if c["blocks"] else None, workers=pretrain.loaders(c["workers"], place),
-             amp=pretrain.precision(c["amp"], place.device), pool=None if resnet else c["pool"], out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
+    c.update(channels=data.channels, pool=None if resnet else c["pool"], epochs=int(c["epochs"] or 20) if c["blocks"] else None,
+             workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
+             out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
     model, loaded = finetune.load_model(c, state, place)
     model.eval().requires_grad_(False)
     finetune.make_folder(c, place)
     print(loaded or "random weights")
-    print(f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes, measured on {len(val):,}, "
-          f"input {c['img_size'][0]}x{c['img_size'][1]}, features: {c['pool'] or 'mean'}", flush=True)
+    print(f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes, measured on "
+          f"{len(val):,}, input {c['img_size'][0]}x{c['img_size'][1]}, features: {c['pool'] or 'mean'}", flush=True)
     positions = math.prod(c["img_size"]) // (models.ResNet.stride if resnet else c["patch_size"]) ** 2 + (not resnet)
     tokens = bool(c["blocks"]) and 2 * (len(data) + len(val)) * positions * model.dim <= STORE
     train, test = gather(model, data, c, place, "features", tokens), gather(model, val, c, place, "features of val", tokens)
     if not (train[0].isfinite().all() and test[0].isfinite().all()):
         raise Failure("the features are not finite: try --amp off, or other --weights")
-    figures = dict(knn=accuracy(knn(train[0], train[1], test[0], classes), test[1], "knn")["knn"])        # 20 votes name no top five
+    votes = knn(train[0], train[1], test[0], classes)
+    figures = dict(knn=accuracy(votes, test[1], "knn")["knn"])                                 # 20 votes name no top five
     print(f"k-NN {figures['knn']}%", flush=True)
     head = linear_probe(train[0], train[1], classes, resnet, c["seed"])
     with torch.no_grad():
