@@ -1,7 +1,8 @@
 """How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
 
     python tests/bench.py                most of it, about twenty minutes on 2 CPU cores
-    python tests/bench.py step profile   only these: step a2mim finetune analyze profile degrade input processes attention memory compile
+    python tests/bench.py step profile   only these: step a2mim finetune analyze profile degrade input processes attention
+                                         memory compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
 FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
@@ -51,7 +52,8 @@ def clock(work, repeat, warm_up=1):
 
 def report(name, values, unit, note=""):
     middle = statistics.median(values)
-    figures[name] = dict(median=round(middle, 4), low=round(min(values), 4), high=round(max(values), 4), unit=unit, **({"note": note} if note else {}))
+    figures[name] = dict(median=round(middle, 4), low=round(min(values), 4), high=round(max(values), 4), unit=unit,
+                         **({"note": note} if note else {}))
     print(f"{name:44} {middle:10.3f} {unit}  ({min(values):.3f} - {max(values):.3f}) {note}", flush=True)
     return middle
 
@@ -113,17 +115,21 @@ def compare(label, ours, other, what, repeat, key=None):
 def step():
     """Training steps of Beyond Masking against the peak."""
     report("peak float32, GFLOP/s", peak(torch.float32), "GFLOP/s")
-    compare("ViT-B/16 at 224, batch 32, mask", make_step(*paper("vit_base", "--task", "mask")), make_step(*paper("vit_base", "--task", "zoom_in_mask")),
-            "zoom_in_mask / mask, time", 15, "vit_base")
-    compare("default small model, batch 256, mask", make_step("--task", "mask"), make_step("--task", "zoom_in_mask"), "zoom_in_mask / mask, time", 30)
+    for label, flags, repeats, key in (("ViT-B/16 at 224, batch 32", paper("vit_base"), 15, "vit_base"),
+                                       ("default small model, batch 256", (), 30, None)):
+        mask, joined = (make_step(*flags, "--task", task) for task in ("mask", "zoom_in_mask"))
+        compare(f"{label}, mask", mask, joined, "zoom_in_mask / mask, time", repeats, key)
 
 
 def a2mim():
     """Training steps of A2MIM against the peak, and what the frequency loss adds to them."""
-    for label, flags in (("ViT-S/16 at 224, batch 32", paper("vit_small")), ("ResNet-50 at 224, batch 32", paper("resnet50")),
-                         ("small ViT, 32 px, batch 256", ("--model", "vit_micro")), ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
+    for label, flags in (("ViT-S/16 at 224, batch 32", paper("vit_small")),
+                         ("ResNet-50 at 224, batch 32", paper("resnet50")),
+                         ("small ViT, 32 px, batch 256", ("--model", "vit_micro")),
+                         ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
         task = ("--task", "a2mim", "--freq_weight")
-        compare(f"{label}, a2mim without frequency loss", make_step(*flags, *task, "0"), make_step(*flags, *task, "0.5"), "with / without, time", 9)
+        without, with_it = (make_step(*flags, *task, weight) for weight in ("0", "0.5"))
+        compare(f"{label}, a2mim without frequency loss", without, with_it, "with / without, time", 9)
         B, C, side = (32, 3, 224) if "224" in label else (256, 3, 64 if "64" in label else 32)
         x, y = (torch.rand(B, C, side, side, device=device, requires_grad=r) for r in (True, False))
         hidden = torch.rand(B, 1, side, side, device=device) < 0.6
@@ -134,10 +140,12 @@ def a2mim():
 
 def finetuning():
     """Fine-tuning steps by the papers' recipes against the peak, features of a frozen encoder, RandAugment."""
-    for label, flags in (("ViT-B/16, deit, batch 32", paper("vit_base")), ("ResNet-50, rsb_a3 at 160, batch 32", paper("resnet50")),
+    for label, flags in (("ViT-B/16, deit, batch 32", paper("vit_base")),
+                         ("ResNet-50, rsb_a3 at 160, batch 32", paper("resnet50")),
                          ("small ViT, 32 px, batch 64", ("--data", "shapes", "--model", "vit_micro"))):
-        batch = 64 if "64" in label else 32
-        data = pretrain.MemorySet(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), None, device, [str(i) for i in range(10 if batch == 64 else 1000)])
+        batch, classes = (64, 10) if "64" in label else (32, 1000)
+        nothing = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+        data = pretrain.MemorySet(nothing, None, device, [str(i) for i in range(classes)])
         c = finetune.resolve(finetune.options().parse_args(list(flags)), place, data, 1000)
         model = finetune.load_model(dict(c, channels=3), None, place, len(data.classes))[0]
         optimizer = finetune.optimizer_of(c, model)
@@ -155,38 +163,47 @@ def finetuning():
             with torch.no_grad(), torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
                 model.pooled(model.encode(view))
         forward = models.flops(model, view[:2]) / 2
-        compare(f"fine-tuning: {label}", (train, batch, 3 * forward), (features, batch, forward), "frozen features / step, time", 7)
+        compare(f"fine-tuning: {label}", (train, batch, 3 * forward), (features, batch, forward),
+                "frozen features / step, time", 7)
     picture = (torch.rand(3, 224, 224) * 255).byte()
-    report("RandAugment at 224, one image at a time", [20 / s for s in clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5) for i in range(20)], 5)], "images/s")
+    seconds = clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5) for i in range(20)], 5)
+    report("RandAugment at 224, one image at a time", [20 / s for s in seconds], "images/s")
 
 
 def analyses():
     """Forward passes of the interactions against the peak, lower precision beside float32; the passes of the feature maps."""
-    for label, name, size, p in (("ViT-S/16 at 224", "vit_small", 224, 16), ("ResNet-50 at 224", "resnet50", 224, 16), ("small ViT, 32 px", "vit_micro", 32, 4)):
+    for label, name, size, p in (("ViT-S/16 at 224", "vit_small", 224, 16), ("ResNet-50 at 224", "resnet50", 224, 16),
+                                 ("small ViT, 32 px", "vit_micro", 32, 4)):
         model = models.to_device(models.encoder(name, size, p, num_classes=10, pool="mean").eval(), device)
-        image, n, base, label_of = torch.rand(1, 3, size, size, device=device), (size // p) ** 2, torch.full((3,), 0.5, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        image, base = torch.rand(1, 3, size, size, device=device), torch.full((3,), 0.5, device=device)
+        n, label_of = (size // p) ** 2, torch.zeros(1, dtype=torch.long, device=device)
         pairs, contexts = analyze.near_pairs((size // p, size // p))[:2 if size > 32 else 8], 10 if size > 32 else 60
-        passes, forward = len(pairs) * 4 * (2 + contexts), models.flops(model, image)          # orders 0 and n - 2 have one context
+        passes, forward = len(pairs) * 4 * (2 + contexts), models.flops(model, image)  # orders 0 and n - 2 have one context
 
         def interactions(precision):
             with torch.inference_mode():
                 f = analyze.game(analyze.scored(model, precision, device), image, label_of, p, base)
                 analyze.interactions(f, n, pairs, [0, n // 2, n - 2], contexts, pretrain.seeded(0))
-        compare(f"interaction: {label}", (lambda: interactions(amp), passes, forward), (lambda: interactions("off"), passes, forward), f"float32 / {amp}, time", 5)
+        low, full = ((lambda precision=precision: interactions(precision), passes, forward) for precision in (amp, "off"))
+        compare(f"interaction: {label}", low, full, f"float32 / {amp}, time", 5)
         views = torch.rand(16 if size > 32 else 64, 3, size, size, device=device)
 
         def maps(look):
             with torch.inference_mode(), torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
                 analyze.feature_maps(model, views, look)
-        compare(f"fourier: {label}", (lambda: maps(analyze.log_amplitude), len(views), forward), (lambda: maps(analyze.spatial_variance), len(views), forward), "variance / fourier, time", 5)
+        spectrum, spread = ((lambda look=look: maps(look), len(views), forward)
+                            for look in (analyze.log_amplitude, analyze.spatial_variance))
+        compare(f"fourier: {label}", spectrum, spread, "variance / fourier, time", 5)
 
 
 def memory_format():
     """Channels-last against contiguous memory: what models.to_device's choice rests on."""
-    for label, flags in (("ResNet-50 at 224, batch 32", paper("resnet50")), ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
+    for label, flags in (("ResNet-50 at 224, batch 32", paper("resnet50")),
+                         ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
         last, first = (make_step("--task", "a2mim", *flags, channels_last=on)[0] for on in (True, False))
         clock(last, 1), clock(first, 1)
-        report(f"{label}: contiguous / channels-last, time", [clock(first, 1, 0)[0] / clock(last, 1, 0)[0] for _ in range(5)], "x")
+        ratios = [clock(first, 1, 0)[0] / clock(last, 1, 0)[0] for _ in range(5)]
+        report(f"{label}: contiguous / channels-last, time", ratios, "x")
 
 
 def profile():
@@ -227,12 +244,14 @@ def input_pipeline():
         os.mkdir(f"{folder}/class")
         made = pretrain.shapes(200, seed=1).images.float()
         for i in range(0, 200):                                 # soft noise brings the files to the size of photographs
-            picture = F.interpolate(made[i:i + 1] + 25 * torch.randn(1, 3, 48, 48), (375, 500), mode="bicubic") + 4 * torch.randn(1, 3, 375, 500)
+            picture = F.interpolate(made[i:i + 1] + 25 * torch.randn(1, 3, 48, 48), (375, 500), mode="bicubic")
+            picture += 4 * torch.randn(1, 3, 375, 500)
             Image.fromarray(picture[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(f"{folder}/class/{i}.jpg", quality=90)
         size = statistics.mean(os.path.getsize(f) for f in glob.glob(f"{folder}/class/*"))
         usual = datasets.ImageFolder(folder, transforms.Compose([
-            transforms.RandomResizedCrop(224, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)]))
+            transforms.RandomResizedCrop(224, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)]))
         ours = pretrain.FolderSet(folder)
         a, b = [], []
         for _ in range(6):
@@ -251,7 +270,8 @@ def processes():
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(3):
             for n in speeds:
-                start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
+                torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+                start = [sys.executable, *(torchrun if n > 1 else [])]
                 out = f"{folder}/{turn}-{n}"
                 subprocess.run([*start, "pretrain.py", "--task", "zoom_in_mask", "--steps", "120", "--out", out], check=True,
                                cwd=Path(pretrain.__file__).parent, capture_output=True)
@@ -273,7 +293,8 @@ def attention():
         q = torch.randn(3, batch, heads, tokens, d, device=device, dtype=dtype, requires_grad=True)
         ratio = []
         for _ in range(5):
-            a, b = (statistics.median(clock(lambda: f(*q).sum().backward(), 3)) for f in (written, F.scaled_dot_product_attention))
+            a, b = (statistics.median(clock(lambda: f(*q).sum().backward(), 3))
+                    for f in (written, F.scaled_dot_product_attention))
             ratio.append(b / a)
         report(f"attention {batch} x {heads} heads x {tokens} x {d}: fused / written, time", ratio, "")
 
@@ -288,17 +309,20 @@ def compiled():
     report("ViT-B/16: --compile, speed", [clock(plain, 1, 0)[0] / clock(fast, 1, 0)[0] for _ in range(5)], "x")
 
 
-PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, analyze=analyses, profile=profile, degrade=degradations, input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
+PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, analyze=analyses, profile=profile, degrade=degradations,
+             input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "compile")]
     if unknown := [name for name in chosen if name not in PARTS]:
         sys.exit(f"bench.py: no part '{unknown[0]}': choose of {', '.join(PARTS)}")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{pretrain.cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    hardware = f"{pretrain.provenance()['hardware']}, {platform.machine()}"
     print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, precision {amp}", flush=True)
     for name in chosen:
         PARTS[name]()
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30
     report("peak memory", [memory], "GiB")
     figures.pop("_step_seconds", None)
     print(json.dumps(dict(torch=torch.__version__, hardware=hardware, precision=amp, **figures)))

@@ -26,7 +26,8 @@ WIDTH = 1320                                                    # pixels of the 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--out", default=os.path.join("runs", "figures"), metavar="DIR", help="default: runs/figures")
-    p.add_argument("--table", default=os.path.join("runs", "table1-shapes"), metavar="DIR", help="the --out of tests/table1.py; default: runs/table1-shapes")
+    p.add_argument("--table", default=os.path.join("runs", "table1-shapes"), metavar="DIR",
+                   help="the --out of tests/table1.py; default: runs/table1-shapes")
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
     args = p.parse_args(argv)
     import matplotlib                                           # without it there is nothing to put together  # noqa: F401
@@ -37,7 +38,8 @@ def main(argv=None):
     def go(*command):
         done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
         if done.returncode:
-            sys.exit(f"figures.py: {' '.join(map(str, command))} ended with code {done.returncode}: mend it, the same command goes on")
+            sys.exit(f"figures.py: {' '.join(map(str, command))} ended with code {done.returncode}: mend it, the same command "
+                     "goes on")
 
     before, after = {}, {}
     for task in ("mask", "zoom_in_mask", "a2mim"):
@@ -46,11 +48,12 @@ def main(argv=None):
         go(*job.argv, "--out", before[task])                    # goes on, or finds that it is done
     for name in (*before, "none"):
         after[name] = out / f"{name}-tuned"
-        go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--steps", max(2, round(500 * args.share)), "--resume",
-           "--save_every", max(1, round(100 * args.share)), "--out", after[name])
+        go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--resume",
+           "--steps", max(2, round(500 * args.share)), "--save_every", max(1, round(100 * args.share)), "--out", after[name])
     made, tuned = list(before.values()), list(after.values())
-    for name, runs in dict(reconstruct=[*made, "--rows", 4, "--resume"], curves=[*made, *tuned], occlusion=[*tuned, "--resume"], interaction=[*tuned, "--resume"],
-                           fourier=[*made, "none", "--resume"], variance=[*made, "none", "--resume"]).items():
+    shown = dict(reconstruct=[*made, "--rows", 4, "--resume"], curves=[*made, *tuned], occlusion=[*tuned, "--resume"],
+                 interaction=[*tuned, "--resume"], fourier=[*made, "none", "--resume"], variance=[*made, "none", "--resume"])
+    for name, runs in shown.items():
         go("analyze.py", name, *runs, "--out", out)
     sheet(out)
 

@@ -7,12 +7,14 @@
 vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
 pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where the
-encoder drops 75% of the patches (counted in seconds of a core, tasks are within a factor of 1.4 of each other). Times are of cores with AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 4.5 times as long
-(the steps are the same everywhere, and so is the table). One encoder is at work on each core; a bar says how far each is. A
-stopped table goes on where it was: every part is a run of its own in --out, and what it found stands in results.json there,
-which is all it needs of what is done. Writes table.md, what the README shows (its results.json is kept as
-.github/results/table1-DATA.json, and a test compares the two). No setting is tuned to a task: all share one learning rate and
-batch. On 28 px, 7x7 patches, A2's mask cells are one patch.
+encoder drops 75% of the patches (counted in seconds of a core, tasks are within a factor of 1.4 of each other). Times are of
+cores with AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 4.5 times as long (the steps are the same
+everywhere, and so is the table). No setting is tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches,
+A2's mask cells are one patch.
+
+One encoder is at work on each core; a bar says how far each is. A stopped table goes on where it was: every part is a run of
+its own in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md, what
+the README shows (its results.json is kept as .github/results/table1-DATA.json, and a test compares the two).
 """
 import argparse
 import concurrent.futures
@@ -36,11 +38,13 @@ import pretrain
 
 # steps of 128 images in about ten minutes of one core: where the encoder drops 75% of the patches, and where it sees them all
 # labels a class: steps of fine-tuning, of 64 images
-DATA = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500}), "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500})}
+DATA = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500}),
+        "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500})}
 BOLD = ("mask", "zoom_in_mask")                                 # from three seeds, as is none
-DRAWS, PRETRAIN, PROBE = 3, 600, 60                             # PRETRAIN, PROBE: seconds of one core with bf16, to foresee the end
+DRAWS, PRETRAIN, PROBE = 3, 600, 60                             # the last two: seconds of one core with bf16, to foresee the end
 # ImageNet top-1 of ViT-B/16 after fine-tuning: BM Table 1 (300 epochs; distort with missing pixels, Table 2), A2 Table 2 (800)
-PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8, decolor=81.4, zoom_in_mask=83.2, simmim=83.8, a2mim=84.2)
+PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8, decolor=81.4, zoom_in_mask=83.2,
+             simmim=83.8, a2mim=84.2)
 
 
 def options():
@@ -57,9 +61,11 @@ def options():
 
 def encoders(args):
     """(task, seed) of every encoder: seed 0 of all, then the further seeds; the ones with several first."""
-    grey = args.data == "fashion_mnist"
-    tasks = dict.fromkeys(args.tasks) if args.tasks else [t for t in (*list(degrade.TASKS)[:9], "none") if not (grey and t == "decolor")]
-    return sorted(((t, seed) for t in tasks for seed in range(args.seeds if t in (*BOLD, "none") else 1)), key=lambda e: (e[1], e[0] not in BOLD))
+    tasks = dict.fromkeys(args.tasks or (*list(degrade.TASKS)[:9], "none"))
+    if args.data == "fashion_mnist" and not args.tasks:
+        del tasks["decolor"]                                    # the pictures are grey
+    seeds = {t: args.seeds if t in (*BOLD, "none") else 1 for t in tasks}
+    return sorted(((t, seed) for t in tasks for seed in range(seeds[t])), key=lambda e: (e[1], e[0] not in BOLD))
 
 
 class Job(NamedTuple):
@@ -77,19 +83,21 @@ def jobs(args, task, seed):
 
     def add(kind, draw, seconds, steps, *argv):
         steps = steps and max(1, round(steps * args.share))
-        argv = [*argv, "--data", args.data, "--root", args.root, "--model", "vit_micro", "--img_size", d["size"], "--patch_size", 4,
-                "--workers", 0, "--device", "cpu", *(["--steps", steps, "--resume"] if steps else [])]
+        argv = [*argv, "--data", args.data, "--root", args.root, "--model", "vit_micro", "--img_size", d["size"],
+                "--patch_size", 4, "--workers", 0, "--device", "cpu", *(["--steps", steps, "--resume"] if steps else [])]
         found.append(Job(f"{kind}-{task}-{seed}{draw}", seconds, steps, (f"{kind}.py", *map(str, argv))))
 
     if task != "none":
         setting = degrade.task_settings(task)
         unit = ["--mask_unit", 1] if d["size"] // 4 % setting["mask_unit"] else []             # 7 patches have no half
-        add("pretrain", "", PRETRAIN, d["steps"][0 if setting["mask_ratio"] == 0.75 else 1], "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3,
-            "--save_every", 1000, "--seed", seed)
+        steps = d["steps"][0 if setting["mask_ratio"] == 0.75 else 1]
+        add("pretrain", "", PRETRAIN, steps, "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3, "--save_every", 1000,
+            "--seed", seed)
     add("probe", "", PROBE, None, "--weights", weights, "--seed", seed)
     for k, n in d["labels"].items():
         for draw in range(DRAWS):
-            add("finetune", f"-{k}-{draw}", 10 + n / 6, n, "--weights", weights, "--labels", k, "--save_every", 100000, "--seed", DRAWS * seed + draw)
+            add("finetune", f"-{k}-{draw}", 10 + n / 6, n, "--weights", weights, "--labels", k, "--save_every", 100000,
+                "--seed", DRAWS * seed + draw)
     return found
 
 
@@ -116,12 +124,14 @@ class Work:
             self.results = json.loads(self.file.read_text())
         self.todo, self.done = [job for e in encoders(args) for job in self.open(*e)], set()
         self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
-        self.bar = tqdm(total=sum(job.seconds for job in self.todo), initial=sum(map(self.behind, self.todo)), smoothing=0, dynamic_ncols=True,
-                        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, about {remaining} to go{postfix}")
+        self.bar = tqdm(total=sum(job.seconds for job in self.todo), initial=sum(map(self.behind, self.todo)), smoothing=0,
+                        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, about {remaining} to go{postfix}",
+                        dynamic_ncols=True)
 
     def is_of(self, job, found):
         """Whether a result is this job's: of as many steps, on the same data."""
-        return bool(found) and job.steps in (None, found.get("total_steps", found.get("step"))) and found.get("data") in (None, self.args.data)
+        steps, data = ((found or {}).get("total_steps", (found or {}).get("step")), (found or {}).get("data"))
+        return bool(found) and job.steps in (None, steps) and data in (None, self.args.data)
 
     def open(self, task, seed):
         """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""
@@ -144,7 +154,8 @@ class Work:
 
     def show(self):
         with self.lock:
-            self.bar.set_postfix_str(", ".join(f"{job.folder} {self.behind(job) / job.seconds:.0%}" for job in self.running), refresh=False)
+            shares = [f"{job.folder} {self.behind(job) / job.seconds:.0%}" for job in self.running]
+            self.bar.set_postfix_str(", ".join(shares), refresh=False)
             self.bar.update(sum(map(self.behind, self.todo)) - self.bar.n)
             self.bar.refresh()
 
@@ -221,14 +232,19 @@ def table(results, data):
     def cell(row, k):
         draws, wanted = all_of(row, k), DRAWS * len(row["knn"])
         return spread(draws) + (f" ({len(draws)} of {wanted})" if len(draws) < wanted else "")
-    lines = ["| pre-training | seeds | images | k-NN | linear probe | " + " | ".join(f"{k * 10:,} labels" for k in labels) + " | place | BM's place (ImageNet) |",
-             "|---|---|---|---|---|" + "---|" * len(labels) + "---|---|"]
+    columns = ["pre-training", "seeds", "images", "k-NN", "linear probe", *(f"{k * 10:,} labels" for k in labels), "place",
+               "BM's place (ImageNet)"]
+    rows = [columns]
     for t in order:
         row = found[t]
-        place = (f"{ours.index(t) + 1}", f"{paper.index(t) + 1} ({PAPER[t]})") if t in paper else ("", f"A2: {PAPER[t]}" if t in PAPER else "")
-        lines.append(f"| `{t}` | {len(row['knn'])} | {row['images'][0]:,} | " if "images" in row else f"| {t} | {len(row['knn'])} | 0 | ")
-        lines[-1] += " | ".join([spread(row["knn"]), spread(row["linear"]), *(cell(row, k) for k in labels), *place]) + " |"
-    return "\n".join(lines)
+        name, images = (f"`{t}`", f"{row['images'][0]:,}") if "images" in row else (t, "0")
+        place, theirs = "", f"A2: {PAPER[t]}" if t in PAPER else ""
+        if t in paper:
+            place, theirs = f"{ours.index(t) + 1}", f"{paper.index(t) + 1} ({PAPER[t]})"
+        rows.append([name, f"{len(row['knn'])}", images, spread(row["knn"]), spread(row["linear"]),
+                     *(cell(row, k) for k in labels), place, theirs])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 def main(argv=None):

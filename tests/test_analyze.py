@@ -310,8 +310,8 @@ def test_a_run_without_a_classifier_gets_a_linear_layer(do):
 
 def test_occlusion_s_fills_are_different_pictures(do, tmp_path):
     """Nothing dropped is the same, 95% dropped is not: black is told from the mean."""
-    black, mean = (do("occlusion", "tuned", "--images", 13, "--repeats", 1, "--amp", "off", "--workers", 0, "--fill", fill, out=tmp_path / fill)[3]["runs"]["tuned"]["mean"]
-                   for fill in ("black", "mean"))
+    argv = ["occlusion", "tuned", "--images", 13, "--repeats", 1, "--amp", "off", "--workers", 0]
+    black, mean = (do(*argv, "--fill", fill, out=tmp_path / fill)[3]["runs"]["tuned"]["mean"] for fill in ("black", "mean"))
     assert black[0] == mean[0] and black[-1] != mean[-1]
 
 
@@ -434,7 +434,8 @@ def test_stopped_and_resumed_equals_never_stopping(made, tmp_path, do, monkeypat
            "def interactions(*a):\n    print('at work', flush=True); time.sleep(.3); return old(*a)\nanalyze.interactions = interactions\n" \
            "sys.exit(pretrain.command(analyze.run, analyze.options, sys.argv[1:]))"
     import subprocess
-    job = subprocess.Popen([sys.executable, "-c", slow, "interaction", str(made / "tuned"), *map(str, argv), "--out", str(tmp_path / "part")], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", slow, "interaction", made / "tuned", *argv, "--out", tmp_path / "part"]
+    job = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
         if "at work" in line:
             break
@@ -550,7 +551,8 @@ def test_curves_are_drawn_with_every_run_in_the_legend(do, made, tmp_path, monke
     pyplot = pytest.importorskip("matplotlib.pyplot")
     seen = []
     close = pyplot.close
-    monkeypatch.setattr(pyplot, "close", lambda figure: seen.append([text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]) or close(figure))
+    texts = lambda figure: [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
+    monkeypatch.setattr(pyplot, "close", lambda figure: seen.append(texts(figure)) or close(figure))
     code, said, _, _ = do(name, "tuned", "zoom", *(TINY if name == "fourier" else []))
     assert code == 0 and f"drawn: {tmp_path / 'out' / name}.png" in said and {"tuned", "zoom"} <= set(seen[0])
     from PIL import Image
@@ -582,7 +584,8 @@ def test_without_matplotlib_the_numbers_are_written(do, monkeypatch):
 def test_lower_precision_does_not_change_the_answer(do, tmp_path, name):
     """Measured in bf16 and in float32: what differs is within the error that is reported, or one image of 13."""
     plain, low = (do(name, "tuned", "--images", 13, "--workers", 0, "--amp", amp, out=tmp_path / amp)[3]["runs"]["tuned"] for amp in ("off", "bf16"))
-    a, b, e = (np.concatenate([np.atleast_1d(x) for x in r[k]]) for r, k in ((plain, "mean"), (low, "mean"), (plain, "deviation" if name == "occlusion" else "error")))
+    spread = "deviation" if name == "occlusion" else "error"
+    a, b, e = (np.concatenate([np.atleast_1d(x) for x in r[k]]) for r, k in ((plain, "mean"), (low, "mean"), (plain, spread)))
     assert (abs(a - b) <= np.maximum(0.5 * e, 8 if name == "occlusion" else 1e-6)).all()
 
 

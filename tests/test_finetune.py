@@ -304,7 +304,8 @@ def resolved(*argv, length=1281167, classes=1000):
 def test_table_a2_vit():
     c = resolved()
     want = dict(recipe="deit", model="vit_base", img_size=[224, 224], epochs=100, optimizer="adamw", lr=2.5e-4, weight_decay=0.05, batch_size=1024,
-                smoothing=0.1, drop_path=0.1, clip=5, rand_augment=[9, 0.5], mixup=0.8, cutmix=1.0, loss="ce", layer_decay=0.65, test_crop=0.875, pool="cls", test_size=0)
+                smoothing=0.1, drop_path=0.1, clip=5, rand_augment=[9, 0.5], mixup=0.8, cutmix=1.0, loss="ce",
+                layer_decay=0.65, test_crop=0.875, pool="cls", test_size=0)
     assert {k: c[k] for k in want} == want
     assert c["save_every"] == math.ceil(c["total_steps"] / 20) > 5 * 50000 / 1024              # measuring is a tenth of the work at most
     assert resolved("--steps", "1000")["save_every"] == math.ceil(5 * 50000 / 1024)
@@ -357,7 +358,8 @@ def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
 
 def test_eval_measures_as_the_run_did(of, tmp_path):
     """A ResNet trained at 64 and measured at 96: the same again, unless another size is asked for; three processes share it."""
-    said = of(finetune, "--model", "resnet18", "--recipe", "rsb_a3", "--img_size", 64, "--patch_size", 8, "--test_size", 96, "--steps", 2, "--mixup", 0, "--cutmix", 0)[1]
+    said = of(finetune, "--model", "resnet18", "--recipe", "rsb_a3", "--img_size", 64, "--patch_size", 8, "--test_size", 96,
+              "--steps", 2, "--mixup", 0, "--cutmix", 0)[1]
     code, again = measured(tmp_path / "run", tmp_path / "eval", processes=3)
     config, again = json.load(open(tmp_path / "eval/config.json")), result_of(again)
     assert code == 0 and config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
@@ -402,7 +404,8 @@ def test_a_size_that_is_asked_for_is_what_is_measured(of, tmp_path):
 
 def test_the_encoder_and_what_it_was_made_with_come_from_the_run(run, labelled, tmp_path, capfd):
     assert run("--task", "mask", "--relative_positions", "--img_size", 16, 24, "--steps", 2, data=labelled)[0] == 0
-    argv = ["--weights", str(tmp_path / "run"), "--steps", "1", "--batch_size", "4", "--workers", "0", "--amp", "off", "--lr", "1e-9", "--out", str(tmp_path / "fine")]
+    argv = ["--weights", str(tmp_path / "run"), "--steps", "1", "--batch_size", "4", "--workers", "0", "--amp", "off",
+            "--lr", "1e-9", "--out", str(tmp_path / "fine")]
     assert pretrain.command(finetune.run, finetune.options, argv) == 0
     c, before, after = json.load(open(tmp_path / "fine/config.json")), weights_of(tmp_path / "run"), weights_of(tmp_path / "fine")
     assert c["model"] == "vit_micro" and c["img_size"] == [16, 24] and c["patch_size"] == 4 and c["relative_positions"] and c["data"] == str(labelled)
@@ -424,7 +427,8 @@ def test_the_result_finds_its_baseline(of, tmp_path):
     other = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", out=tmp_path / "e")[1])
     assert other["compared_with"] == mine["compared_with"]      # not with the run from other weights
     alone = result_of(of(finetune, "--weights", tmp_path / "encoder.pt", "--seed", 5, out=tmp_path / "d")[1])
-    assert alone["compared_with"]["missing"].startswith("finetune.py --weights none --model vit_micro --data ") and "--img_size 16 16" in alone["compared_with"]["missing"]
+    missing = alone["compared_with"]["missing"]
+    assert missing.startswith("finetune.py --weights none --model vit_micro --data ") and "--img_size 16 16" in missing
     for name, text in (("x", '{"accuracy": 1}'), ("y", "[1]"), ("z", "half a li"), ("0", '{"weights": "none"}')):       # others' files
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(text)
@@ -560,12 +564,17 @@ def test_a_bad_image_to_measure_on_is_named_and_left_out(of, labelled, tmp_path)
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--labels", 13], "--labels 13: class class0 has only 12 images"), (["--labels", 0], "--labels 0"), (["--layer_decay", 0], "--layer_decay 0"),
-    (["--drop_path", 1], "--drop_path 1"), (["--test_crop", 2], "--test_crop 2"), (["--rand_augment", 11, 0], "--rand_augment 11"), (["--mixup", -1], "--mixup -1"), (["--seed", -1, "--labels", 2], "--seed -1"), (["--loss", "bce", "--smoothing", 0.5], "--smoothing 0.5 does nothing"),
+    (["--labels", 13], "--labels 13: class class0 has only 12 images"), (["--labels", 0], "--labels 0"),
+    (["--layer_decay", 0], "--layer_decay 0"), (["--drop_path", 1], "--drop_path 1"), (["--test_crop", 2], "--test_crop 2"),
+    (["--rand_augment", 11, 0], "--rand_augment 11"), (["--mixup", -1], "--mixup -1"),
+    (["--seed", -1, "--labels", 2], "--seed -1"), (["--loss", "bce", "--smoothing", 0.5], "--smoothing 0.5 does nothing"),
     (["--model", "resnet18", "--pool", "cls", "--img_size", 32], "--pool cls is a ViT's"),
-    (["--mixup", 1, "--batch_size", 3], "3 images at once are odd"), (["--recipe", "rsb_a3"], "--recipe rsb_a3 is a ResNet's: add --model resnet50"),
-    (["--model", "resnet18", "--img_size", 32, "--relative_positions"], "relative positions are a ViT's"), (["--test_size", 32], "--test_size 32 is for a ResNet"),
-    (["--model", "resnet18", "--layer_decay", 0.5, "--img_size", 32], "--layer_decay 0.5"), (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
+    (["--mixup", 1, "--batch_size", 3], "3 images at once are odd"),
+    (["--recipe", "rsb_a3"], "--recipe rsb_a3 is a ResNet's: add --model resnet50"),
+    (["--model", "resnet18", "--img_size", 32, "--relative_positions"], "relative positions are a ViT's"),
+    (["--test_size", 32], "--test_size 32 is for a ResNet"),
+    (["--model", "resnet18", "--layer_decay", 0.5, "--img_size", 32], "--layer_decay 0.5"),
+    (["--weights", "nowhere.pt"], "no weights at nowhere.pt"),
 ])
 def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, of):
     code, _, complaint = of(finetune, *flags)

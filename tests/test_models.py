@@ -138,7 +138,8 @@ def test_loading_leaves_a_head_of_another_shape_out():
 @pytest.mark.parametrize("state, says", [
     ({"conv1.weight": torch.zeros(2)}, "none of the backbone"), ({"norm.weight": torch.zeros(32)}, "none of the backbone"),
     (M.ViT(32, 8, 64, 2, 2).state_dict(), r"\(1, 1, 64\) in the weights and \(1, 1, 32\)"),
-    (M.ViT(32, 8, 32, 3, 2).state_dict(), r"0 missing \(\), 12 left over \(blocks.2.norm1.weight"), (M.ViT(32, 8, 32, 1, 2).state_dict(), "12 missing"),
+    (M.ViT(32, 8, 32, 3, 2).state_dict(), r"0 missing \(\), 12 left over \(blocks.2.norm1.weight"),
+    (M.ViT(32, 8, 32, 1, 2).state_dict(), "12 missing"),
     (M.ViT(32, 8, 32, 2, 2, relative_positions=True).state_dict(), "2 left over .* the --model and --relative_positions")])
 def test_loading_fails_loudly(state, says):
     with pytest.raises(ValueError, match=says):
@@ -330,7 +331,8 @@ def test_a_position_larger_than_a_cell_gets_the_hidden_share():
     hidden = (torch.arange(64) % 8 == 1)[None]
     assert torch.allclose(model.downsample(torch.zeros(1, 256, 6, 6), hidden)[0, 0, 0], torch.tensor([.25, .5, 0, 0, 0, 0]))
     model = M.recovery_model("resnet18", (64, 96), 32)                                         # 2 x 3 patches onto 4 x 1
-    assert model.downsample(torch.zeros(1, 256, 4, 1), torch.tensor([[True, False, False, True, True, False]])).flatten().tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    shares = model.downsample(torch.zeros(1, 256, 4, 1), torch.tensor([[True, False, False, True, True, False]]))
+    assert shares.flatten().tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 32), (32, 64), (96, 32), (64, 64)])

@@ -504,7 +504,9 @@ def orphans(mark):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
-@pytest.mark.parametrize("number, processes", [pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number, processes", [
+    (signal.SIGINT, 1), (signal.SIGTERM, 2),
+    pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow)])
 def test_sigterm_and_ctrl_c_save_and_leave(number, processes, run, folder, tmp_path):
     """At the end of the step, with exit code 143 or 130, no process left behind; --resume equals never stopping."""
     out = tmp_path / "run"
@@ -573,27 +575,44 @@ def test_a_folder_of_unreadable_images_stops_at_once(tmp_path):
 
 REFUSED = [
     (["--task", "sharpen"], "sharpen"), (["--model", "vit_giant"], "vit_giant"), (["--frobnicate"], "--frobnicate"),
-    (["--img_size", "18"], "18x18"), (["--img_size", "0"], "0x0"), (["--img_size", "-16"], "-16"), (["--decoder", "2x0x2"], "2x0x2"), (["--decoder", "4x-384x6"], "4x-384x6"), (["--patch_size", "32"], "16x16"), (["--mask_unit", "0"], "cells of 0"), (["--mask_kind", "center", "--mask_ratio", "0.05"], "hides none"),
-    (["--seed", "-1"], "--seed -1"), (["--workers", "-1"], "--workers -1"), (["--weight_decay", "-1"], "-1"), (["--warmup", "-1"], "--warmup -1"),
-    (["--steps", "inf"], "inf"), (["--view_size", "17"], "view size 17"), (["--task", "zoom_in", "--zoom_size", "0"], "zoom size 0"),
-    (["--task", "decolor", "--saturation", "-3"], "-3"), (["--task", "distort", "--twist", "9", "-9"], "twist 9"),
+    (["--img_size", "18"], "18x18"), (["--img_size", "0"], "0x0"), (["--img_size", "-16"], "-16"),
+    (["--decoder", "2x0x2"], "2x0x2"), (["--decoder", "4x-384x6"], "4x-384x6"), (["--patch_size", "32"], "16x16"),
+    (["--mask_unit", "0"], "cells of 0"), (["--mask_kind", "center", "--mask_ratio", "0.05"], "hides none"),
+    (["--seed", "-1"], "--seed -1"), (["--workers", "-1"], "--workers -1"), (["--weight_decay", "-1"], "-1"),
+    (["--warmup", "-1"], "--warmup -1"), (["--steps", "inf"], "inf"), (["--view_size", "17"], "view size 17"),
+    (["--task", "zoom_in", "--zoom_size", "0"], "zoom size 0"), (["--task", "decolor", "--saturation", "-3"], "-3"),
+    (["--task", "distort", "--twist", "9", "-9"], "twist 9"),
     (["--task", "zoom_out", "--zoom_fill", "other", "--batch_size", "3"], "1 is odd"),
     (["--task", "zoom_in_mask", "--zoom_size", "8"], "--zoom_size does nothing"), (["--epochs", "inf"], "--epochs inf"),
     (["--mask_ratio", "1"], "mask ratio 1.0 is outside"), (["--mask_ratio", "-0.5"], "-0.5"),
-    (["--batch_size", "9", "--accum", "2"], "9 cannot be shared"), (["--mask_unit", "3"], "cells of 3"), (["--batch_size", "0"], "--batch_size 0"),
-    (["--lr", "-1"], "--lr -1"), (["--crop", "0.5", "1.5"], "1.5"), (["--task", "zoom_in", "--zoom_size", "99"], "zoom size 99"), (["--task", "zoom_in", "--zoom_size", "rand"], "zoom size rand"), (["--decoder", "4x10x3"], "4x10x3"),
-    (["--task", "blur", "--blur_kernel", "4"], "4 is not an odd"), (["--view_size", "8"], "view size 8"), (["--img_size", "16", "16", "16"], "not 3"),
-    (["--task", "a2mim", "--model", "resnet18"], "16x16 is not divisible by the stride of the last stage 32"), (["--model", "resnet18", "--token_at", "decoder"], "--token_at decoder: a resnet18"),
-    (["--token_at", "7"], "--token_at 7: vit_micro takes"), (["--token_at", "deep"], "--token_at deep"), (["--task", "a2mim", "--fill", "token", "--token_at", "3"], "--fill token is the mask token at the input"),
-    (["--task", "mask", "--fill", "zero"], "--fill zero does nothing"), (["--task", "mask", "--token_how", "add"], "--token_how add does nothing"),
-    (["--task", "a2mim", "--token_at", "none", "--token_how", "replace"], "--token_how replace does nothing"), (["--task", "a2mim", "--decoder", "1x8x2"], "decoder 1x8x2"),
-    (["--task", "mask", "--freq_alpha", "2"], "--freq_alpha 2.0 does nothing"), (["--task", "mask", "--freq_batch_mean"], "--freq_batch_mean does nothing"), (["--task", "mask", "--freq_weight", "-1"], "-1"),
-    (["--task", "mask", "--band_weight", "0.5"], "--band_weight 0.5 does nothing"), (["--band_weight", "2"], "--band_weight 2"), (["--betas", "0.9", "1"], "--betas 0.9 1"), (["--clip", "-1"], "--clip -1"),
-    (["--model", "resnet18", "--img_size", "32", "--relative_positions"], "relative positions"), (["--task", "a2mim", "--token_how", "blend"], "blend"), (["--task", "a2mim", "--img_size", "20"], "cells of 2"),
-    (["--task", "simmim", "--fill", "mean", "--token_at", "input"], "--fill mean does nothing"), (["--task", "blur", "--mask_kind", "block"], "--mask_kind does nothing"),
-    (["--task", "a2mim", "--mask_ratio", "0", "--token_how", "replace"], "--token_how does nothing"), (["--view_size", "16", "--band_weight", "0.9"], "--band_weight 0.9 does nothing"),
-    ([*RESNET, "--accum", "8"], "batch norm has nothing to average"), (["--freq_weight", "inf"], "and finite"), (["--task", "a2mim", "--patch_size", "8"], "1x1 cells of 2x2 patches"),
-    (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--lr", "fast"], "fast"), (["--saturation", "0.3"], "--saturation does nothing"),
+    (["--batch_size", "9", "--accum", "2"], "9 cannot be shared"), (["--mask_unit", "3"], "cells of 3"),
+    (["--batch_size", "0"], "--batch_size 0"), (["--lr", "-1"], "--lr -1"), (["--crop", "0.5", "1.5"], "1.5"),
+    (["--task", "zoom_in", "--zoom_size", "99"], "zoom size 99"),
+    (["--task", "zoom_in", "--zoom_size", "rand"], "zoom size rand"), (["--decoder", "4x10x3"], "4x10x3"),
+    (["--task", "blur", "--blur_kernel", "4"], "4 is not an odd"), (["--view_size", "8"], "view size 8"),
+    (["--img_size", "16", "16", "16"], "not 3"),
+    (["--task", "a2mim", "--model", "resnet18"], "16x16 is not divisible by the stride of the last stage 32"),
+    (["--model", "resnet18", "--token_at", "decoder"], "--token_at decoder: a resnet18"),
+    (["--token_at", "7"], "--token_at 7: vit_micro takes"), (["--token_at", "deep"], "--token_at deep"),
+    (["--task", "a2mim", "--fill", "token", "--token_at", "3"], "--fill token is the mask token at the input"),
+    (["--task", "mask", "--fill", "zero"], "--fill zero does nothing"),
+    (["--task", "mask", "--token_how", "add"], "--token_how add does nothing"),
+    (["--task", "a2mim", "--token_at", "none", "--token_how", "replace"], "--token_how replace does nothing"),
+    (["--task", "a2mim", "--decoder", "1x8x2"], "decoder 1x8x2"),
+    (["--task", "mask", "--freq_alpha", "2"], "--freq_alpha 2.0 does nothing"),
+    (["--task", "mask", "--freq_batch_mean"], "--freq_batch_mean does nothing"),
+    (["--task", "mask", "--freq_weight", "-1"], "-1"),
+    (["--task", "mask", "--band_weight", "0.5"], "--band_weight 0.5 does nothing"),
+    (["--band_weight", "2"], "--band_weight 2"), (["--betas", "0.9", "1"], "--betas 0.9 1"), (["--clip", "-1"], "--clip -1"),
+    (["--model", "resnet18", "--img_size", "32", "--relative_positions"], "relative positions"),
+    (["--task", "a2mim", "--token_how", "blend"], "blend"), (["--task", "a2mim", "--img_size", "20"], "cells of 2"),
+    (["--task", "simmim", "--fill", "mean", "--token_at", "input"], "--fill mean does nothing"),
+    (["--task", "blur", "--mask_kind", "block"], "--mask_kind does nothing"),
+    (["--task", "a2mim", "--mask_ratio", "0", "--token_how", "replace"], "--token_how does nothing"),
+    (["--view_size", "16", "--band_weight", "0.9"], "--band_weight 0.9 does nothing"),
+    ([*RESNET, "--accum", "8"], "batch norm has nothing to average"), (["--freq_weight", "inf"], "and finite"),
+    (["--task", "a2mim", "--patch_size", "8"], "1x1 cells of 2x2 patches"), (["--weights", "/nowhere.pt"], "/nowhere.pt"),
+    (["--lr", "fast"], "fast"), (["--saturation", "0.3"], "--saturation does nothing"),
     *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")]),
 ]
 
@@ -664,7 +683,11 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_is_intact(run, folder, 
     """A limit on the size of files stands in for the full disk."""
     assert run("--steps", 6, "--save_every", 4)[0] == 0
     os.remove(tmp_path / "run/checkpoint.pt")
-    full = "import resource, torch; real = torch.save\ndef save(state, file):\n if state['step'] > 2: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))\n real(state, file)\ntorch.save = save"
+    full = ("import resource, torch; real = torch.save\n"
+            "def save(state, file):\n"
+            " if state['step'] > 2: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))\n"
+            " real(state, file)\n"
+            "torch.save = save")
     job = script(*TINY, "--data", folder, "--out", tmp_path / "run", preamble=full)
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 1 and "could not write" in said and "last checkpoint is intact" in said and "Traceback" not in said

@@ -46,7 +46,9 @@ def test_the_first_command_installs_and_trains_and_says_what_the_readme_says(tmp
     done = subprocess.run([*in_this_python(train), *less], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     text = lambda text: re.sub(r"(commit|precision) \w+", r"\1 #", text)
-    blank = lambda said: [re.sub(r"runs/\S+?(?=/checkpoint|\n|$)", "OUT", re.sub(r"[\d.,]+(e-\d+)?", "#", line.replace(str(tmp_path / "run"), "runs/x"))) for line in text(said).strip().splitlines()]
+    def blank(said):                                            # without numbers and names of folders
+        lines = [re.sub(r"[\d.,]+(e-\d+)?", "#", line.replace(str(tmp_path / "run"), "runs/x")) for line in text(said).strip().splitlines()]
+        return [re.sub(r"runs/\S+?(?=/checkpoint|\n|$)", "OUT", line) for line in lines]
     expected = blank(next(text for kind, text in BLOCKS if kind == "text"))
     said = blank(done.stdout)
     assert said[:4] == expected[:4] and said[5] == expected[5]
@@ -81,8 +83,8 @@ def test_the_command_for_two_machines(folder, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = of("--nnodes=2").replace("/path/to/imagenet", str(folder)).replace("HOST:29400", f"127.0.0.1:{port}").replace("=8", "=1")
-    jobs = [subprocess.Popen([*in_this_python(command), *SMALL, "--out", str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for _ in range(2)]
+    argv, pipe = [*in_this_python(command), *SMALL, "--out", str(tmp_path / "run")], subprocess.PIPE
+    jobs = [subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [job.communicate(timeout=200)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     assert "4 images x 2 processes" in "".join(said) and len(log_of(tmp_path / "run")) == 1
@@ -173,7 +175,9 @@ def test_the_export_command(tmp_path, run):
 
 def test_every_option_named_is_an_option_and_every_setting_is_named():
     analyses = analyze.options()._subparsers._group_actions[0].choices.values()
-    known = set().union(*(p._option_string_actions for p in (*analyses, *(of.options() for of in (pretrain, finetune, probe, table1))))) | {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export", "--strength"}
+    parsers = (*analyses, *(of.options() for of in (pretrain, finetune, probe, table1)))
+    torchruns = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
+    known = set().union(*(p._option_string_actions for p in parsers)) | torchruns | {"--export", "--strength"}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))
     assert named <= known, named - known
     assert {"--" + k for task in list(degrade.TASKS)[:9] for k in degrade.task_settings(task)} <= named
