@@ -390,13 +390,13 @@ def labelled_data(args, place):
 
 
 def folder_name(script, c):
-    """SCRIPT-WEIGHTS-DATA[-LABELS][-SEED], what a run's folder is called after."""
+    """SCRIPT-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED], what a run's folder is called after."""
     folder = c["weights"].removesuffix(os.sep + "checkpoint.pt")
     base = os.path.basename(folder if os.path.isdir(folder) else os.path.splitext(folder)[0])
     if c["weights"] == "none":
         base = f"none-{c['model']}"
-    more = [str(c["labels"])] if c.get("labels") else []
-    return "-".join([script, base, os.path.basename(c["data"]), *more, *([f"seed{c['seed']}"] if c["seed"] else [])])
+    more = [f"{word}{c[k]}" for k, word in (("labels", ""), ("blocks", "blocks"), ("seed", "seed")) if c.get(k)]
+    return "-".join([script, base, os.path.basename(c["data"]), *more])
 
 
 def is_small(data):

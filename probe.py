@@ -173,7 +173,8 @@ def blocks_probe(model, data, val, train, test, c, place):
 
 
 SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
-            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-SEED]", workers=pretrain.DEVICE_SAYS["workers"])
+            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED]",
+            workers=pretrain.DEVICE_SAYS["workers"])
 COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out",
           "weights")
 

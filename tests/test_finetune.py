@@ -540,6 +540,7 @@ def test_a_run_is_called_after_its_weights(tmp_path):
         for weights in (tmp_path / name, tmp_path / name / "checkpoint.pt"):
             assert finetune.folder_name("probe", dict(weights=str(weights), data="shapes", seed=0)) == f"probe-{name}-shapes"
     assert finetune.folder_name("probe", dict(weights="a/resnet50.pth", data="b/imagenet", seed=2)) == "probe-resnet50-imagenet-seed2"
+    assert finetune.folder_name("probe", dict(weights="a.pth", data="b", labels=5, blocks=2, seed=0)) == "probe-a-b-5-blocks2"
 
 
 def test_a_resnet_by_rsb(of, tmp_path):
