@@ -662,8 +662,8 @@ def reconstruct(args, place):
     pretrain.write_whole(path, lambda file: page.save(file, format="PNG"))
     print(f"drawn: {path}\nWhat is recovered is blurred, most where nothing was seen. BM found so even where the encoder sees "
           "the whole picture, and the colour task's error far below those of tasks that pay more (Fig. 3); A2, that a "
-          f"good recovery does not make good features (3.3). On images of val: {'; '.join(says)}. Errors of tasks that normalise or "
-          f"hide differently do not compare.\nnumbers: {results.path}")
+          f"good recovery does not make good features (3.3). On images of val: {'; '.join(says)}. Errors of tasks that normalise "
+          f"or hide differently do not compare.\nnumbers: {results.path}")
 
 
 def heading(text):

@@ -62,10 +62,10 @@ SAYS = dict(
     img_size="that of the run in --weights (of a ResNet on a folder the recipe's, 160 or 224); else 224 or 32, for a ResNet 64",
     patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
     save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost",
-    out="runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]",
+    out="runs/finetune-WEIGHTS-DATA[-LABELS][-DRAW][-SEED]",
     **{option: by_recipe(option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip", "crop")})
-SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size", "pool",
-            "total_steps", "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed",
+SAME_RUN = ("weights", "labels", "draw", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size",
+            "pool", "total_steps", "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed",
             "layer_decay", "drop_path", "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size", "test_crop")
 
 
@@ -73,14 +73,14 @@ SAME_RUN = ("weights", "labels", "classes", "model", "relative_positions", "data
 # Labels, augmentation, loss
 # ---------------------------------------------------------------------------------------------------
 
-def few_labels(labels, k, seed, classes):
-    """k rows of each of `classes`, (classes k,) int64, sorted. BadRequest when a class has fewer."""
+def few_labels(labels, k, draw, classes):
+    """k rows of each of `classes`, (classes k,) int64, sorted: the draw-th choice. BadRequest when a class has fewer."""
     rows = []
     for label, name in enumerate(classes):
         of_class = (labels == label).nonzero()[:, 0]
         if len(of_class) < k:
             raise BadRequest(f"--labels {k}: class {name} has only {len(of_class)} images")
-        rows.append(of_class[torch.randperm(len(of_class), generator=seeded(seed, LABELS, label))[:k]])
+        rows.append(of_class[torch.randperm(len(of_class), generator=seeded(draw, LABELS, label))[:k]])
     return torch.cat(rows).sort().values
 
 
@@ -205,7 +205,9 @@ def evaluate(model, data, c, place, bad_files):
     confusion, first, fifth, bad = torch.zeros(classes, classes, dtype=torch.long) if small else None, 0, 0, 0
     rows, training = torch.arange(len(data))[place.rank::place.world], model.training
     model.eval()
-    for views, labels, unread in data.plain(rows, 256, size, c["test_crop"], device=place.device, workers=c["workers"]):
+    parts = data.plain(rows, 256, size, c["test_crop"], device=place.device, workers=c["workers"])
+    shown = dict(desc="measuring", unit="batch", leave=False, delay=2, disable=place.rank > 0)
+    for views, labels, unread in tqdm(parts, total=math.ceil(len(rows) / 256), **shown):
         bad += bad_files.meet(unread)
         if views is None:
             continue
@@ -230,7 +232,7 @@ def confusion_picture(confusion, classes):
     """Rows: what an image is, columns: what it was taken for, in % of the row. A Pillow picture."""
     from PIL import Image, ImageDraw, ImageFont
     font, cell, n = ImageFont.load_default(12), 34, len(classes)
-    names = [name if len(name) < 15 else name[:13] + ".." for name in classes]
+    names = [name if len(name) < 15 else f"{i} {name[:10]}.." for i, name in enumerate(classes)]
     left = 12 + max(int(font.getlength(name)) for name in names)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     picture = Image.new("RGB", (left + n * cell + 8, 26 + n * cell + left), "white")
@@ -252,10 +254,17 @@ def confusion_picture(confusion, classes):
     return picture
 
 
-def write_confusion(c, confusion, classes):
-    """confusion.png in --out."""
-    picture = confusion_picture(confusion, classes)
-    pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
+def write_confusion(c, place, confusion, classes):
+    """confusion.png in --out, by rank 0. Every process calls it: Failure for all when it cannot be written."""
+    trouble = ""
+    if place.rank == 0:
+        picture = confusion_picture(confusion, classes)
+        try:
+            pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
+        except OSError as error:
+            trouble = str(error)
+    if agree([float(bool(trouble))], place)[0]:
+        raise Failure(trouble)
 
 
 def make_folder(c, place):
@@ -277,7 +286,8 @@ def baseline(c, figures, settings):
             if other["weights"] == "none" and other["settings"] == settings:
                 out = os.path.join(os.path.dirname(c["out"]), os.path.basename(os.path.dirname(path)))
                 return dict(weights="none", out=out, **{k: other[k] for k in figures})
-    given = {k: c.get(k) for k in ("model", "data", "img_size", "test_size", "patch_size", "pool", "labels", "seed")}
+    given = {k: c.get(k) for k in ("model", "data", "img_size", "test_size", "patch_size", "pool", "labels", "draw",
+                                    "seed")}
     asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items() if v is not None)
     return dict(weights="none", missing=f"{c['script']}.py --weights none {asked}, and what else this command was given")
 
@@ -286,7 +296,7 @@ def report(c, figures, same):
     """Print the one line of results, and save it as result.json in --out. Beside it what to compare it with: the run from
     random weights with the same values of what `same` names, if it lies in a neighbouring folder, or how to get it.
     """
-    out, shown = c["out"], ("script", "model", "data", "labels", "seed", "total_steps", "blocks", "weights")
+    out, shown = c["out"], ("script", "model", "data", "labels", "draw", "seed", "total_steps", "blocks", "weights")
     mine = {k: c[k] for k in shown if c.get(k) is not None} | figures
     if same:
         settings = json.dumps({k: c[k] for k in same if k != "weights"}, sort_keys=True)
@@ -309,19 +319,25 @@ def weights_options(p):
     """What finetune.py, probe.py and analyze.py ask about an encoder."""
     p.set_defaults(data=None, root=None)                        # those of the run in --weights; None: not given
     p.add_argument("--pool", choices=("cls", "mean"), help="a ViT's features: the cls token (BM), or the mean of the others; "
-                   "default: cls for a folder, mean for the small sets")
+                   "default: that of the run in --weights, else mean with the small sets' recipe, cls with another")
     p.add_argument("--relative_positions", action="store_true", default=None,
                    help="the ViT has a relative position bias; default: as the run in --weights")
+
+
+def labels_options(p):
+    """What finetune.py and probe.py ask about the labelled images."""
+    p.add_argument("--labels", type=int, metavar="K", help="keep K labelled images a class; default: all")
+    p.add_argument("--draw", type=int, metavar="N", help="which K, so that other seeds get the same; default: N = --seed")
 
 
 def options():
     p = pretrain.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     pretrain.common_options(p, SAYS)
     weights_options(p)
+    labels_options(p)
     o = p.add_argument
     o("--recipe", choices=RECIPES,
       help="Table A2's, or one for a CPU; default: deit for a ViT, rsb_a3 for a ResNet, small for the small sets")
-    o("--labels", type=int, metavar="K", help="keep K labelled images a class, chosen by --seed; default: all")
     o("--eval", action="store_true", help="only measure the classifier in --weights")
     def of_recipe(name, help, **more):
         o(name, help=f"{help}default: {by_recipe(name[2:])}", **more)
@@ -374,7 +390,9 @@ def open_weights(args):
 
 
 def labelled_data(args, place):
-    """--data's labelled images to train on, --labels of each class if given, and those to measure on, of the same classes."""
+    """--data's labelled images to train on, --labels of each class if given, and those to measure on, of the same classes.
+    args.draw is then settled.
+    """
     data, val = (pretrain.load_data(vars(args), place, split, labelled=True) for split in ("train", "val"))
     missing, extra = ([x for x in a if x not in b] for a, b in ((data.classes, val.classes), (val.classes, data.classes)))
     if missing or extra:
@@ -382,21 +400,25 @@ def labelled_data(args, place):
                   for what, names in (("without", missing), ("more:", extra)) if names]
         raise BadRequest(f"the classes of {args.data}/val are not those of train: {'; '.join(differ)}")
     if args.labels is None:
+        if args.draw is not None:
+            raise BadRequest(f"--draw {args.draw} does nothing without --labels")
         return data, val
-    pretrain.not_negative(vars(args), "seed")
+    pretrain.not_negative(vars(args), "seed", "draw")
+    args.draw = args.seed if args.draw is None else args.draw
     if args.labels < 1:
         raise BadRequest(f"--labels {args.labels} must be more than 0")
-    return data.keep(few_labels(data.labels, args.labels, args.seed, data.classes)), val
+    return data.keep(few_labels(data.labels, args.labels, args.draw, data.classes)), val
 
 
 def folder_name(script, c):
-    """SCRIPT-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED], what a run's folder is called after."""
+    """SCRIPT-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED], what a run's folder is called after."""
     folder = c["weights"].removesuffix(os.sep + "checkpoint.pt")
     base = os.path.basename(folder if os.path.isdir(folder) else os.path.splitext(folder)[0])
     if c["weights"] == "none":
         base = f"none-{c['model']}"
-    more = [f"{word}{c[k]}" for k, word in (("labels", ""), ("blocks", "blocks"), ("seed", "seed")) if c.get(k)]
-    return "-".join([script, base, os.path.basename(c["data"]), *more])
+    labels = [str(c["labels"])] + [f"draw{c['draw']}"] * (c["draw"] != c["seed"]) if c.get("labels") else []
+    more = [f"{k}{c[k]}" for k in ("blocks", "seed") if c.get(k)]
+    return "-".join([script, base, os.path.basename(c["data"]), *labels, *more])
 
 
 def is_small(data):
@@ -516,12 +538,17 @@ def step_of(c, model, classes, device):
     return prepare, loss_of
 
 
+def measured_line(c, measured):
+    """How many images are measured, and how, for the start of a run."""
+    size = measured_size(c)
+    return f"measured on {measured:,} at {size[0]}x{size[1]}, the central {c['test_crop']:g}"
+
+
 def data_line(c, length, measured):
     """Recipe, model, data and what is measured, for the start of a run."""
-    size, test, few = c["img_size"], measured_size(c), f" ({c['labels']} a class)" if c["labels"] else ""
+    size, few = c["img_size"], f" ({c['labels']} a class, draw {c['draw']})" if c["labels"] else ""
     return (f"{c['recipe']}: {c['model']} from {c['weights']} on {c['data']}, {length:,} images of {len(c['classes'])} "
-            f"classes{few}, input {size[0]}x{size[1]}, measured on {measured:,} at {test[0]}x{test[1]}, the "
-            f"central {c['test_crop']:g}")
+            f"classes{few}, input {size[0]}x{size[1]}, {measured_line(c, measured)}")
 
 
 def recipe_line(c):
@@ -532,8 +559,8 @@ def recipe_line(c):
             f"features: {c['pool'] or 'mean'}")
 
 
-TRAINS = ("labels", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop", "resume",
-          "save_every", "optimizer", "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix",
+TRAINS = ("labels", "draw", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop",
+          "resume", "save_every", "optimizer", "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix",
           "compile")
 
 
@@ -555,18 +582,19 @@ def measure_only(args, state, place):
         raise BadRequest(f"--eval: the classes of {c['weights']} are not those of {c['data']}: {other[0]} there is {other[1]} "
                          "here")
     c.update(channels=val.channels, workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
-             out=c["out"] or os.path.join("runs", folder_name("eval", c)))
+             device=str(place.device), out=c["out"] or os.path.join("runs", folder_name("eval", c)))
     model, loaded = load_model(c, state, place, classes, keep_head=True)
     if loaded.missing:
         raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a "
                          f"{c['model']}: its scores would mean nothing")
-    if place.rank == 0:
-        print(loaded)
     make_folder(c, place)
-    figures, confusion = evaluate(model, val, c, place, pretrain.BadFiles(len(val), 1))
     if place.rank == 0:
-        if confusion is not None:
-            write_confusion(c, confusion, val.classes)
+        print(loaded, f"{c['model']} from {c['weights']} on {c['data']}, {measured_line(c, len(val))}, "
+              f"features: {c['pool'] or 'mean'}", pretrain.device_line(c, place), sep="\n", flush=True)
+    figures, confusion = evaluate(model, val, c, place, pretrain.BadFiles(len(val), 1))
+    if confusion is not None:
+        write_confusion(c, place, confusion, val.classes)
+    if place.rank == 0:
         report(c, figures, ())
     return 0
 
@@ -608,8 +636,8 @@ def run(args):
             tqdm.write(f"step {step}: top-1 {figures['top1']}%, top-5 {figures['top5']}%")
         if step not in known:                                   # else a finished run is measured again
             log(step=step, epoch=round(step * c["batch_size"] / len(data), 4), **figures)
-        if main and confusion is not None:
-            write_confusion(c, confusion, data.classes)
+        if confusion is not None:
+            write_confusion(c, place, confusion, data.classes)
 
     missed = main and start not in known and (start == c["total_steps"] or start > 0 and start % c["save_every"] == 0)
     if agree([float(missed)], place)[0]:                        # stopped between saving and measuring

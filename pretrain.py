@@ -1028,7 +1028,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
                 since, waited, timed = now, 0.0, 0
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
-            leaving = told and step + 1 < total
+            leaving, paused = told and step + 1 < total, time.perf_counter()
             if leaving or too_many or (step + 1) % c["save_every"] == 0 or step + 1 == total:
                 count, progress["bad"] = progress["bad"], 0 if too_many else progress["bad"]       # mended files start anew
                 trouble, pictures = check(step + 1)
@@ -1043,6 +1043,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
                 break
             if measure and ((step + 1) % c["save_every"] == 0 or step + 1 == total):
                 measure(step + 1)
+            since += time.perf_counter() - paused               # saving and measuring are not training
     return 128 + (signals.received or signal.SIGTERM) if leaving else 0
 
 
@@ -1123,14 +1124,14 @@ def batch_line(c, length):
             f"({c['total_steps'] * c['batch_size'] / length:.2f} epochs), {c['warmup_steps']} of warm-up")
 
 
-def device_line(c, place, start):
-    """Device, precision, kernels and where the run starts from, for the start of a run."""
+def device_line(c, place, start=None):
+    """Device, precision, kernels, and the step a training starts from, for the start of a run."""
     kernel = f"attention {'fused' if models.fused_attention(place.device) else 'written out'}"
     if c["model"] in models.RESNETS:
         kernel = "convolutions channels-last"
+    begins = "" if start is None else f", from step {start}" if start else ", from the beginning"
     return (f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
-            f"seed {c['seed']}, commit {provenance()['commit'] or 'none'}, "
-            f"{'from step ' + str(start) if start else 'from the beginning'} -> {c['out']}")
+            f"seed {c['seed']}, commit {provenance()['commit'] or 'none'}{begins} -> {c['out']}")
 
 
 def run(args):

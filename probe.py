@@ -42,13 +42,13 @@ def encode(model, data, rows, c, place, tokens=False, note="", bad_files=None):
 
 
 def gather(model, data, c, place, note, tokens=False):
-    """encode of all images of `data`, each in one tensor; tokens are kept in half precision."""
-    rows, kept, at = torch.arange(len(data)), None, 0
+    """encode of all images of `data`, each in one tensor; tokens are kept in the precision of --amp."""
+    rows, kept, at, dtype = torch.arange(len(data)), None, 0, AUTOCAST[c["amp"]][0] or torch.float32
     features, labels = [], []
     for z, y, t in encode(model, data, rows, c, place, tokens, note):
         features.append(z), labels.append(y)
         if tokens:                                              # room for all at once: no second copy when they are joined
-            kept = torch.empty(len(data), *t.shape[1:], dtype=torch.bfloat16, device=t.device) if kept is None else kept
+            kept = torch.empty(len(data), *t.shape[1:], dtype=dtype, device=t.device) if kept is None else kept
             kept[at:at + len(t)] = t
             at += len(t)
     return torch.cat(features), torch.cat(labels), kept[:at] if tokens else None
@@ -173,7 +173,7 @@ def blocks_probe(model, data, val, train, test, c, place):
 
 
 SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
-            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED]",
+            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED]",
             workers=pretrain.DEVICE_SAYS["workers"])
 COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out",
           "weights")
@@ -185,7 +185,7 @@ def options():
     finetune.weights_options(p)
     p.add_argument("--blocks", type=int, choices=(2, 4),
                    help="also the non-linear probe, of so many transformer blocks (BM section 5), for --epochs")
-    p.add_argument("--labels", type=int, metavar="K", help="keep K labelled images a class, chosen by --seed; default: all")
+    finetune.labels_options(p)
     return p
 
 
@@ -196,7 +196,8 @@ def accuracy(scores, labels, name):
     return {name: top1, f"{name}_top5": top5}
 
 
-SAME = ("data", "model", "img_size", "patch_size", "relative_positions", "pool", "labels", "seed", "blocks", "epochs")
+SAME = ("data", "model", "img_size", "patch_size", "relative_positions", "pool", "labels", "draw", "seed", "blocks",
+        "epochs")
 
 
 def run(args):
@@ -217,15 +218,16 @@ def run(args):
     pretrain.not_negative(c, "seed", "workers")
     c.update(channels=data.channels, pool=None if resnet else c["pool"], epochs=int(c["epochs"] or 20) if c["blocks"] else None,
              workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
-             out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
+             device=str(place.device), out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
     model, loaded = finetune.load_model(c, state, place)
     model.eval().requires_grad_(False)
     finetune.make_folder(c, place)
-    print(loaded or "random weights")
-    print(f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} classes, measured on "
-          f"{len(val):,}, input {c['img_size'][0]}x{c['img_size'][1]}, features: {c['pool'] or 'mean'}", flush=True)
+    print(loaded or "random weights", f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} "
+          f"classes, {finetune.measured_line(dict(c, test_size=0), len(val))}, features: {c['pool'] or 'mean'}",
+          pretrain.device_line(c, place), sep="\n", flush=True)
     positions = math.prod(c["img_size"]) // (models.ResNet.stride if resnet else c["patch_size"]) ** 2 + (not resnet)
-    tokens = bool(c["blocks"]) and 2 * (len(data) + len(val)) * positions * model.dim <= STORE
+    room = (4 if c["amp"] == "off" else 2) * (len(data) + len(val)) * positions * model.dim
+    tokens = bool(c["blocks"]) and room <= STORE
     train, test = gather(model, data, c, place, "features", tokens), gather(model, val, c, place, "features of val", tokens)
     if not (train[0].isfinite().all() and test[0].isfinite().all()):
         raise Failure("the features are not finite: try --amp off, or other --weights")

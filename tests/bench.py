@@ -2,7 +2,7 @@
 
     python tests/bench.py                most of it, about twenty minutes on 2 CPU cores
     python tests/bench.py step profile   only these: step a2mim finetune analyze profile degrade input processes attention
-                                         memory compile
+                                         memory budget compile
 
 Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
 FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
@@ -32,6 +32,7 @@ import finetune
 import losses
 import models
 import pretrain
+import table1
 
 place = pretrain.set_up()
 device, figures = place.device, {}
@@ -299,6 +300,21 @@ def attention():
         report(f"attention {batch} x {heads} heads x {tokens} x {d}: fused / written, time", ratio, "")
 
 
+def budget():
+    """The budget of tests/table1.py: how long the steps of each task take on one thread, in turn, without reading data."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for data in table1.DATA:
+        args = table1.options().parse_args(["--data", data, "--seeds", "1", "--out", "x"])
+        made = {task: table1.jobs(args, task, 0)[0] for task, _ in table1.encoders(args) if task != "none"}
+        steps = {task: make_step(*job.argv[1:])[0] for task, job in made.items()}
+        rounds = [{task: clock(step, 1, 0)[0] * made[task].steps for task, step in steps.items()} for _ in range(6)][1:]
+        for task in made:
+            report(f"budget, {data}: {task}", [seconds[task] for seconds in rounds], "s")
+        report(f"budget, {data}: largest / smallest", [max(s.values()) / min(s.values()) for s in rounds], "x")
+    torch.set_num_threads(threads)
+
+
 def compiled():
     """What --compile adds to a ViT-B/16 step."""
     (plain, _, _), start = make_step(*paper("vit_base", "--task", "mask")), time.perf_counter()
@@ -310,10 +326,11 @@ def compiled():
 
 
 PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, analyze=analyses, profile=profile, degrade=degradations,
-             input=input_pipeline, processes=processes, attention=attention, memory=memory_format, compile=compiled)
+             input=input_pipeline, processes=processes, attention=attention, memory=memory_format, budget=budget,
+             compile=compiled)
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "compile")]
+    chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "budget", "compile")]
     if unknown := [name for name in chosen if name not in PARTS]:
         sys.exit(f"bench.py: no part '{unknown[0]}': choose of {', '.join(PARTS)}")
     hardware = f"{pretrain.provenance()['hardware']}, {platform.machine()}"

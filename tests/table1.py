@@ -5,8 +5,8 @@
     python tests/table1.py --tasks mask none --seeds 1 --share 0.1    a tenth of it, to try
 
 vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
-and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels each; BOLD tasks and none from three
-pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where the
+and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels, the same for all; BOLD tasks and none
+from three pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where the
 encoder drops 75% of the patches (counted in seconds of a core, tasks are within a factor of 1.4 of each other). Times are of
 cores with AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 4.5 times as long (the steps are the same
 everywhere, and so is the table). No setting is tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches,
@@ -69,10 +69,13 @@ def encoders(args):
 
 
 class Job(NamedTuple):
-    """One command: the folder it leaves in --out, seconds of one core, the steps it takes (None: a probe), its arguments."""
+    """One command: the folder it leaves in --out, seconds of one core, the steps it takes (None: a probe), the draw of its
+    labels (None: all labels, or no use of any), its arguments.
+    """
     folder: str
     seconds: float
     steps: int | None
+    draw: int | None
     argv: tuple
 
 
@@ -81,35 +84,41 @@ def jobs(args, task, seed):
     d, found = DATA[args.data], []
     weights = "none" if task == "none" else Path(args.out) / f"pretrain-{task}-{seed}"
 
-    def add(kind, draw, seconds, steps, *argv):
+    def add(name, seconds, steps, draw, *argv):
         steps = steps and max(1, round(steps * args.share))
         argv = [*argv, "--data", args.data, "--root", args.root, "--model", "vit_micro", "--img_size", d["size"],
                 "--patch_size", 4, "--workers", 0, "--device", "cpu", *(["--steps", steps, "--resume"] if steps else [])]
-        found.append(Job(f"{kind}-{task}-{seed}{draw}", seconds, steps, (f"{kind}.py", *map(str, argv))))
+        found.append(Job(name, seconds, steps, draw, (f"{name.split('-')[0]}.py", *map(str, argv))))
 
     if task != "none":
         setting = degrade.task_settings(task)
         unit = ["--mask_unit", 1] if d["size"] // 4 % setting["mask_unit"] else []             # 7 patches have no half
         steps = d["steps"][0 if setting["mask_ratio"] == 0.75 else 1]
-        add("pretrain", "", PRETRAIN, steps, "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3, "--save_every", 1000,
-            "--seed", seed)
-    add("probe", "", PROBE, None, "--weights", weights, "--seed", seed)
+        add(f"pretrain-{task}-{seed}", PRETRAIN, steps, None, "--task", task, *unit, "--batch_size", 128, "--lr", 3e-3,
+            "--save_every", 1000, "--seed", seed)
+    add(f"probe-{task}-{seed}", PROBE, None, None, "--weights", weights, "--seed", seed)
     for k, n in d["labels"].items():
         for draw in range(DRAWS):
-            add("finetune", f"-{k}-{draw}", 10 + n / 6, n, "--weights", weights, "--labels", k, "--save_every", 100000,
-                "--seed", DRAWS * seed + draw)
+            add(f"finetune-{task}-{seed}-{k}-{draw}", 10 + n / 6, n, draw, "--weights", weights, "--labels", k, "--draw", draw,
+                "--save_every", 100000, "--seed", DRAWS * seed + draw)
     return found
 
 
 def result(folder):
-    """What a finished part left: its result, for pre-training the last line of its log; None if it is not finished."""
+    """What a finished part left, and on what and with which code: its result, for pre-training the last line of its log and
+    how many seconds its steps took; None if it is not finished.
+    """
     try:
-        if (folder / "result.json").exists():
-            return json.loads((folder / "result.json").read_text())
-        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
         config = json.loads((folder / "config.json").read_text())
-        done = config.get("task") and last["step"] == config["total_steps"] and (folder / "checkpoint.pt").exists()
-        return dict(last, images=config["total_steps"] * config["batch_size"], hardware=config["hardware"]) if done else None
+        made = {k: config[k] for k in ("hardware", "commit")}
+        if (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text()) | made
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        if not (config.get("task") and lines[-1]["step"] == config["total_steps"] and (folder / "checkpoint.pt").exists()):
+            return None
+        B, steps = config["batch_size"], [0, *(line["step"] for line in lines)]
+        seconds = sum((b - a) * B / line["images_per_s"] for a, b, line in zip(steps, steps[1:], lines))
+        return dict(lines[-1], images=config["total_steps"] * B, seconds=round(seconds), **made)
     except (OSError, ValueError, IndexError, KeyError):
         return None
 
@@ -129,17 +138,21 @@ class Work:
                         dynamic_ncols=True)
 
     def is_of(self, job, found):
-        """Whether a result is this job's: of as many steps, on the same data."""
-        steps, data = ((found or {}).get("total_steps", (found or {}).get("step")), (found or {}).get("data"))
-        return bool(found) and job.steps in (None, steps) and data in (None, self.args.data)
+        """Whether a result is this job's: of as many steps, on the same data, with the same labels."""
+        found = found or {}
+        draw = found.get("draw", found.get("seed"))             # before there was --draw the seed was it
+        return bool(found) and (job.steps in (None, found.get("total_steps", found.get("step"))) and job.draw in (None, draw)
+                                and found.get("data") in (None, self.args.data))
 
     def open(self, task, seed):
-        """What of an encoder's jobs is still to do: pre-training again too, if its weights are gone and are needed."""
-        first, *others = jobs(self.args, task, seed)
-        todo = [job for job in others if not self.is_of(job, self.results.get(job.folder))]
-        known = self.is_of(first, self.results.get(first.folder))
-        if not known or todo and task != "none" and not self.is_of(first, result(self.out / first.folder)):
-            todo.insert(0, first)
+        """What of an encoder's jobs is still to do: all, if it is not pre-trained (or is of another length); pre-training
+        again too, if its weights are gone and are needed.
+        """
+        first, *_ = todo = jobs(self.args, task, seed)
+        if task == "none" or self.is_of(first, self.results.get(first.folder)):
+            todo = [job for job in todo if not self.is_of(job, self.results.get(job.folder))]
+            if todo and task != "none" and not self.is_of(first, result(self.out / first.folder)):
+                todo = [first, *(job for job in todo if job is not first)]
         return todo
 
     def behind(self, job):
@@ -188,7 +201,8 @@ class Work:
         with self.lock:
             self.running.pop(job, None)
             if not found:
-                self.stopped = self.stopped or f"{job.folder} ended with code {code}: look into {out}.txt"
+                said = Path(f"{out}.txt").read_text().strip().splitlines() or ["nothing"]
+                self.stop(f"{job.folder} ended with code {code}, and said last: {said[-1]} (all of it: {out}.txt)")
                 return False
             self.done.add(job.folder)
             self.results[job.folder] = {k: v for k, v in found.items() if k not in ("weights", "compared_with")}   # paths
@@ -196,9 +210,9 @@ class Work:
             tqdm.write(f"{job.folder}: " + " ".join(f"{k} {found[k]:g}" for k in ("loss", "knn", "linear", "top1") if k in found))
         return True
 
-    def stop(self, number=None, frame=None):
+    def stop(self, why="stopped: the same command goes on"):
         """Every command saves and leaves."""
-        self.stopped = "stopped: the same command goes on"
+        self.stopped = self.stopped or why
         for process in list(self.running.values()):
             process.terminate()
 
@@ -233,7 +247,7 @@ def table(results, data):
         draws, wanted = all_of(row, k), DRAWS * len(row["knn"])
         return spread(draws) + (f" ({len(draws)} of {wanted})" if len(draws) < wanted else "")
     columns = ["pre-training", "seeds", "images", "k-NN", "linear probe", *(f"{k * 10:,} labels" for k in labels), "place",
-               "BM's place (ImageNet)"]
+               "BM's place among these (ImageNet)"]
     rows = [columns]
     for t in order:
         row = found[t]
@@ -259,7 +273,8 @@ def main(argv=None):
         pretrain.load_data(dict(data=args.data, root=args.root, download=True), pretrain.Place(0, 1, "cpu"))
     os.makedirs(args.out, exist_ok=True)
     work = Work(args)
-    signal.signal(signal.SIGTERM, work.stop), signal.signal(signal.SIGINT, work.stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: work.stop())
     print(f"{len(work.todo)} commands to do on {len(work.cores)} cores -> {args.out}", flush=True)
     with work.bar, concurrent.futures.ThreadPoolExecutor(len(work.cores)) as pool:
         waiting = {pool.submit(work.encoder, *e) for e in encoders(args)}
@@ -267,7 +282,9 @@ def main(argv=None):
             finished, waiting = concurrent.futures.wait(waiting, timeout=5, return_when=concurrent.futures.FIRST_COMPLETED)
             work.show()
             for future in finished:
-                future.result()                                 # what went wrong in a thread is said here
+                if future.exception():                          # a full disk: the other commands save and leave
+                    work.stop()
+                future.result()
     text = table(work.results, args.data)
     pretrain.write_whole(os.path.join(args.out, "table.md"), lambda file: file.write(text.encode() + b"\n"))
     print(text)

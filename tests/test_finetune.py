@@ -15,6 +15,7 @@ from PIL import Image
 import finetune
 import models
 import pretrain
+import probe
 from conftest import gradients_of, log_of, script, weights_of
 
 PLACE = pretrain.Place(0, 1, torch.device("cpu"))
@@ -274,6 +275,9 @@ def test_the_rows_of_the_confusion_picture_are_the_true_classes():
     cell, left, top = 34, picture.width - 2 * 34 - 8, 26
     corner = [[picture.getpixel((left + x * cell + 3, top + y * cell + 3)) for x in (0, 1)] for y in (0, 1)]
     assert corner[0][1] == (255, 65, 65) and corner[1] == [(255, 255, 255), (50, 100, 255)]
+    picture = finetune.confusion_picture(torch.eye(2), ["names that begin alike, one", "names that begin alike, two"])
+    left = picture.width - 2 * 34 - 8
+    assert picture.crop((0, 26, left, 60)).tobytes() != picture.crop((0, 60, left, 94)).tobytes()      # cut, but told apart
 
 
 @pytest.mark.parametrize("crop, size", [(0.5, [4, 8]), (0.95, [6, 6])])
@@ -351,8 +355,10 @@ def measured(weights, out, *flags, processes=None):
 def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
     said = of(finetune, "--steps", 3, "--seed", 3)[1]
     assert measured(tmp_path / "run", tmp_path / "eval") == 0
-    result = result_of(capfd.readouterr().out)
+    again = capfd.readouterr().out
+    result = result_of(again)
     assert result["top1"] == result_of(said)["top1"] and os.path.exists(tmp_path / "eval/confusion.png")
+    assert "measured on 13 at 16x16, the central 0.875, features: cls" in again and "device cpu" in again
     assert "total_steps" not in result and "compared_with" not in result and json.loads((tmp_path / "eval/result.json").read_text()) == result
 
 
@@ -415,7 +421,38 @@ def test_the_encoder_and_what_it_was_made_with_come_from_the_run(run, labelled, 
 
 def test_labels_keeps_k_a_class(of, tmp_path):
     code, said, _ = of(finetune, "--labels", 2)
-    assert code == 0 and "6 images of 3 classes (2 a class)" in said and result_of(said)["labels"] == 2
+    assert code == 0 and "6 images of 3 classes (2 a class, draw 0)" in said and result_of(said)["labels"] == 2
+
+
+def test_other_seeds_may_have_the_same_labels(labelled, monkeypatch):
+    """--draw says which labels, by default --seed does."""
+    def kept(*argv):
+        args = finetune.options().parse_args([*"--data x --labels 4".split(), *argv])
+        args.data, args.root = str(labelled), "data"
+        return finetune.labelled_data(args, PLACE)[0].paths.tolist()
+    assert kept("--seed", "1") == kept("--seed", "2", "--draw", "1") == kept("--draw", "1") != kept("--seed", "2")
+
+
+def test_a_drawing_without_labels_is_refused(of):
+    for module in (finetune, probe):
+        code, _, complaint = of(module, "--draw", 1)
+        assert code == 2 and "--draw 1 does nothing without --labels" in complaint
+    assert "--draw -1 must not be negative" in of(finetune, "--labels", 2, "--draw", -1)[2]
+
+
+def test_saving_and_measuring_do_not_count_as_training(of, tmp_path, monkeypatch):
+    """images_per_s of log.jsonl: a step of 8 images that takes a second, and 100 seconds of measuring after every third."""
+    now = [0.0]
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
+
+    def slow(name, seconds, real):
+        def instead(*a):
+            now[0] += seconds
+            return real(*a)
+        monkeypatch.setattr(finetune, name, instead)
+    slow("class_loss", 1, finetune.class_loss), slow("evaluate", 100, finetune.evaluate)
+    assert of(finetune)[0] == 0
+    assert [line["images_per_s"] for line in log_of(tmp_path / "run") if "loss" in line] == [8.0] * 6 and now[0] == 206
 
 
 def test_the_result_finds_its_baseline(of, tmp_path):
@@ -534,13 +571,23 @@ def test_a_picture_that_cannot_be_written_is_one_line(of, tmp_path):
     assert code == 1 and "could not write" in complaint and "confusion.png" in complaint and "Traceback" not in complaint
 
 
+def test_a_picture_that_cannot_be_written_stops_every_process(tmp_path, monkeypatch):
+    (tmp_path / "confusion.png").mkdir()
+    monkeypatch.setattr(finetune, "agree", lambda values, place: [1.0])                        # what rank 0 has found
+    for rank, says in ((0, "could not write"), (1, "")):
+        with pytest.raises(pretrain.Failure) as failure:
+            finetune.write_confusion(dict(out=str(tmp_path)), PLACE._replace(rank=rank, world=2), torch.eye(2), ["a", "b"])
+        assert says in str(failure.value) and bool(str(failure.value)) == (rank == 0)
+
+
 def test_a_run_is_called_after_its_weights(tmp_path):
     for name in ("mask-0.5", "mask-0.75"):
         (tmp_path / name).mkdir()
         for weights in (tmp_path / name, tmp_path / name / "checkpoint.pt"):
             assert finetune.folder_name("probe", dict(weights=str(weights), data="shapes", seed=0)) == f"probe-{name}-shapes"
     assert finetune.folder_name("probe", dict(weights="a/resnet50.pth", data="b/imagenet", seed=2)) == "probe-resnet50-imagenet-seed2"
-    assert finetune.folder_name("probe", dict(weights="a.pth", data="b", labels=5, blocks=2, seed=0)) == "probe-a-b-5-blocks2"
+    assert finetune.folder_name("probe", dict(weights="a.pth", data="b", labels=5, draw=0, blocks=2, seed=0)) == "probe-a-b-5-blocks2"
+    assert finetune.folder_name("finetune", dict(weights="a.pth", data="b", labels=5, draw=1, seed=2)) == "finetune-a-b-5-draw1-seed2"
 
 
 def test_a_resnet_by_rsb(of, tmp_path):

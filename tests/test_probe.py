@@ -218,17 +218,20 @@ def test_the_table_is_made_of_commands_that_the_scripts_take(data):
     encoders = table1.encoders(args)
     assert encoders.count(("none", 2)) == encoders.count(("mask", 2)) == encoders.count(("zoom_in_mask", 2)) == 1
     assert {t for t, _ in encoders} == {*list(table1.degrade.TASKS)[:9], "none"} - ({"decolor"} if data == "fashion_mnist" else set())
-    seeds = set()
+    seeds, draws = set(), set()
     for task, seed in encoders:
-        for folder, _, steps, argv in table1.jobs(args, task, seed):
+        for folder, _, steps, draw, argv in table1.jobs(args, task, seed):
             module = dict(pretrain=pretrain, probe=probe, finetune=finetune)[argv[0].removesuffix(".py")]
             got = module.options().parse_args([*argv[1:], "--out", folder])
             assert vars(got).get("steps") == steps
             if module is pretrain:
                 pretrain.resolve(got, PLACE, 60000, 1 if data == "fashion_mnist" else 3)       # nothing to refuse
             assert got.data == data and folder.startswith(f"{argv[0].removesuffix('.py')}-{task}-{seed}")
-            seeds.add((task, got.seed)) if module is finetune else None
-    assert len([s for t, s in seeds if t == "mask"]) == 9       # three draws for each of three seeds, none twice
+            if module is finetune:
+                assert got.draw == draw
+                seeds.add((task, got.seed)), draws.add((task, draw))
+    assert len([s for t, s in seeds if t == "none"]) == 9       # nine random networks, none twice,
+    assert {d for _, d in draws} == {0, 1, 2} and len(draws) == 3 * len({t for t, _ in draws})  # on the labels that all get
 
 
 def test_the_table_by_hand():
@@ -251,13 +254,17 @@ def test_a_stopped_table_goes_on_from_what_it_found(tmp_path):
     args = table1.options().parse_args(["--out", str(tmp_path), "--tasks", "mask", "--seeds", "1"])
     everything = table1.jobs(args, "mask", 0)
 
-    def still_open(known, off=0):                               # when results.json holds these
-        found = {job.folder: {"step" if "pretrain" in job.folder else "total_steps": job.steps + off} if job.steps else dict(knn=1.0) for job in known}
+    def still_open(known, off=0, **more):                       # when results.json holds these
+        found = {}
+        for job in known:
+            steps = {"step" if job.draw is None else "total_steps": (job.steps or 0) + off}
+            found[job.folder] = (steps if job.steps else dict(knn=1.0)) | (dict(draw=job.draw) | more if job.draw is not None else {})
         (tmp_path / "results.json").write_text(json.dumps(found))
         return table1.Work(args).todo
     assert still_open([]) == everything and still_open(everything) == []
     assert still_open(everything[:3]) == everything[:1] + everything[3:]
-    assert still_open(everything, off=-9) == [job for job in everything if job.steps]          # of a trial with fewer steps
+    assert still_open(everything, off=-9) == everything         # a trial's, with fewer steps: its probe is of another encoder
+    assert still_open(everything, seed=7) == [] and still_open(everything, draw=1) == [everything[i] for i in (0, 2, 4)]
 
 
 def test_the_table_tells_how_far_its_commands_are(tmp_path):
