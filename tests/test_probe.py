@@ -280,6 +280,22 @@ def test_the_table_tells_how_far_its_commands_are(tmp_path):
     assert work.bar.n == first.seconds and "probe-mask-0 0%" in str(work.bar)
 
 
+def test_what_a_pre_training_took_is_added_up_from_its_log(tmp_path):
+    """20 steps of 8 images at 10 a second and 10 at 40: 16 + 2 seconds; nothing, if it is not at its end."""
+    config = dict(task="mask", batch_size=8, total_steps=30, hardware="h", commit="c")
+    (tmp_path / "config.json").write_text(json.dumps(config)), (tmp_path / "checkpoint.pt").write_text("")
+    (tmp_path / "log.jsonl").write_text('{"step": 20, "images_per_s": 10}\n{"step": 30, "images_per_s": 40, "loss": 0.5}\n')
+    assert table1.result(tmp_path) == dict(step=30, images_per_s=40, loss=0.5, images=240, seconds=18, hardware="h", commit="c")
+    (tmp_path / "config.json").write_text(json.dumps(dict(config, total_steps=31)))
+    assert table1.result(tmp_path) is None
+
+
+def test_a_command_of_the_table_that_fails_says_why(tmp_path):
+    argv = ["--data", "fashion_mnist", "--root", str(tmp_path), "--tasks", "none", "--seeds", "1", "--share", "0.002"]
+    with pytest.raises(SystemExit, match="probe-none-0 ended with code 2, and said last: probe.py: .* add --download"):
+        table1.main([*argv, "--out", str(tmp_path / "table")])
+
+
 @pytest.mark.slow
 def test_a_table_is_made_with_real_runs(tmp_path, capfd):
     """Two thousandths of the work; the second call finds all of it done."""
