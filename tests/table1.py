@@ -6,11 +6,11 @@
 
 vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels, the same for all; BOLD tasks and none
-from three pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where the
-encoder drops 75% of the patches (counted in seconds of a core, tasks are within a factor of 1.4 of each other). Times are of
-cores with AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 4.5 times as long (the steps are the same
-everywhere, and so is the table). No setting is tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches,
-A2's mask cells are one patch.
+from three pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where
+the encoder drops 75% of the patches (bench.py budget times them: within a factor of 1.3 of each other). Times are of cores with
+AVX-512 and bf16: without bf16 2.5 times, without AVX-512 either 3.5 to 4.5 times as long (the steps are the same everywhere,
+and so is the table). No setting is tuned to a task: all share one learning rate and batch. On 28 px, 7x7 patches, A2's mask
+cells are one patch.
 
 One encoder is at work on each core; a bar says how far each is. A stopped table goes on where it was: every part is a run of
 its own in --out, and what it found stands in results.json there, which is all it needs of what is done. Writes table.md, what
