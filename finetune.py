@@ -65,8 +65,9 @@ SAYS = dict(
     out="runs/finetune-WEIGHTS-DATA[-LABELS][-DRAW][-SEED]",
     **{option: by_recipe(option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip", "crop")})
 SAME_RUN = ("weights", "labels", "draw", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size",
-            "pool", "total_steps", "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop", "seed",
-            "layer_decay", "drop_path", "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size", "test_crop")
+            "pool", "total_steps", "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop",
+            "seed", "layer_decay", "drop_path", "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size",
+            "test_crop")
 
 
 # ---------------------------------------------------------------------------------------------------
