@@ -869,18 +869,27 @@ def the_loss(c):
                 freq_alpha=c["freq_alpha"], freq_batch_mean=c["freq_batch_mean"])
 
 
-def provenance():
-    """What a run should be traced back to: command, versions, hardware, commit if there is one."""
+@functools.cache
+def commit():
+    """The commit of this code, or None."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
                                 capture_output=True, text=True).stdout.strip() or None
     except OSError:
-        commit = None
-    hardware = f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+        return None
+
+
+def hardware():
+    """What this process computes on, in words."""
     if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
+        return torch.cuda.get_device_name()
+    return f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def provenance():
+    """What a run should be traced back to: command, versions, hardware, commit if there is one."""
     return dict(command=" ".join(sys.argv), torch=torch.__version__, torchvision=torchvision.__version__,
-                hardware=hardware, commit=commit, started=time.strftime("%Y-%m-%d %H:%M:%S"))
+                hardware=hardware(), commit=commit(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1131,7 +1140,7 @@ def device_line(c, place, start=None):
         kernel = "convolutions channels-last"
     begins = "" if start is None else f", from step {start}" if start else ", from the beginning"
     return (f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
-            f"seed {c['seed']}, commit {provenance()['commit'] or 'none'}{begins} -> {c['out']}")
+            f"seed {c['seed']}, commit {commit() or 'none'}{begins} -> {c['out']}")
 
 
 def run(args):

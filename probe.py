@@ -41,14 +41,20 @@ def encode(model, data, rows, c, place, tokens=False, note="", bad_files=None):
         yield model.pooled(z).float(), labels, (z if z.ndim == 3 else z.flatten(2).transpose(1, 2)) if tokens else None
 
 
+def precision_kept(c):
+    """The precision that tokens are kept in: that of --amp."""
+    return AUTOCAST[c["amp"]][0] or torch.float32
+
+
 def gather(model, data, c, place, note, tokens=False):
-    """encode of all images of `data`, each in one tensor; tokens are kept in the precision of --amp."""
-    rows, kept, at, dtype = torch.arange(len(data)), None, 0, AUTOCAST[c["amp"]][0] or torch.float32
+    """encode of all images of `data`, each in one tensor."""
+    rows, kept, at = torch.arange(len(data)), None, 0
     features, labels = [], []
     for z, y, t in encode(model, data, rows, c, place, tokens, note):
         features.append(z), labels.append(y)
         if tokens:                                              # room for all at once: no second copy when they are joined
-            kept = torch.empty(len(data), *t.shape[1:], dtype=dtype, device=t.device) if kept is None else kept
+            if kept is None:
+                kept = torch.empty(len(data), *t.shape[1:], dtype=precision_kept(c), device=t.device)
             kept[at:at + len(t)] = t
             at += len(t)
     return torch.cat(features), torch.cat(labels), kept[:at] if tokens else None
@@ -211,7 +217,7 @@ def run(args):
     if len(data) < 2:
         raise BadRequest(f"{args.data} has {len(data)} image to fit to: a probe needs two or more")
     recipe = finetune.recipe_of("small" if finetune.is_small(args.data) else "deit", args.data, args.model)
-    c = dict(vars(args), script="probe", test_crop=None)
+    c = dict(vars(args), script="probe", test_size=0, test_crop=None)
     pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
     resnet, classes = c["model"] in models.RESNETS, len(data.classes)
     finetune.refuse_for_resnet(args)
@@ -223,10 +229,10 @@ def run(args):
     model.eval().requires_grad_(False)
     finetune.make_folder(c, place)
     print(loaded or "random weights", f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} "
-          f"classes, {finetune.measured_line(dict(c, test_size=0), len(val))}, features: {c['pool'] or 'mean'}",
+          f"classes, {finetune.measured_line(c, len(val))}, features: {c['pool'] or 'mean'}",
           pretrain.device_line(c, place), sep="\n", flush=True)
     positions = math.prod(c["img_size"]) // (models.ResNet.stride if resnet else c["patch_size"]) ** 2 + (not resnet)
-    room = (4 if c["amp"] == "off" else 2) * (len(data) + len(val)) * positions * model.dim
+    room = precision_kept(c).itemsize * (len(data) + len(val)) * positions * model.dim
     tokens = bool(c["blocks"]) and room <= STORE
     train, test = gather(model, data, c, place, "features", tokens), gather(model, val, c, place, "features of val", tokens)
     if not (train[0].isfinite().all() and test[0].isfinite().all()):

@@ -333,7 +333,7 @@ if __name__ == "__main__":
     chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "budget", "compile")]
     if unknown := [name for name in chosen if name not in PARTS]:
         sys.exit(f"bench.py: no part '{unknown[0]}': choose of {', '.join(PARTS)}")
-    hardware = f"{pretrain.provenance()['hardware']}, {platform.machine()}"
+    hardware = f"{pretrain.hardware()}, {platform.machine()}"
     print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, precision {amp}", flush=True)
     for name in chosen:
         PARTS[name]()

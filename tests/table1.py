@@ -139,10 +139,11 @@ class Work:
 
     def is_of(self, job, found):
         """Whether a result is this job's: of as many steps, on the same data, with the same labels."""
-        found = found or {}
+        if not found:
+            return False
+        steps = found.get("total_steps", found.get("step"))
         draw = found.get("draw", found.get("seed"))             # before there was --draw the seed was it
-        return bool(found) and (job.steps in (None, found.get("total_steps", found.get("step"))) and job.draw in (None, draw)
-                                and found.get("data") in (None, self.args.data))
+        return job.steps in (None, steps) and job.draw in (None, draw) and found.get("data") in (None, self.args.data)
 
     def open(self, task, seed):
         """What of an encoder's jobs is still to do: all, if it is not pre-trained (or is of another length); pre-training
@@ -152,7 +153,7 @@ class Work:
         if task == "none" or self.is_of(first, self.results.get(first.folder)):
             todo = [job for job in todo if not self.is_of(job, self.results.get(job.folder))]
             if todo and task != "none" and not self.is_of(first, result(self.out / first.folder)):
-                todo = [first, *(job for job in todo if job is not first)]
+                todo.insert(0, first)
         return todo
 
     def behind(self, job):
