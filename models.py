@@ -749,8 +749,8 @@ def main(argv=None):
             for part in ("blocks.0", "layer1", "layer2", "layer3", "layer4", "norm", "decoder_embed", "decoder_norm",
                          "decoder_pred"):
                 if hasattr(model, part.split(".")[0]):
-                    model.get_submodule(part).register_forward_hook(
-                        lambda module, inputs, out, part=part: trail.append(f"{part} {tuple(out.shape)}"))
+                    of = model.get_submodule(part)[-1] if part.startswith("layer") else model.get_submodule(part)
+                    of.register_forward_hook(lambda module, inputs, out, part=part: trail.append(f"{part} {tuple(out.shape)}"))
             masked = flops(model, images, hidden)
             recover = sum(p.numel() for n, p in model.named_parameters() if n.startswith(RECOVERY))
             where = "in the decoder" if at == "decoder" else f"after {'stage' if name in RESNETS else 'layer'} {model.token_at}"

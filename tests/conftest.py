@@ -1,9 +1,13 @@
 """What the tests share: the real scripts run small, in this process or in others, and a folder of images."""
+import importlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,39 @@ def script(*argv, processes=1, preamble="", name="pretrain.py", **popen):
         start = [sys.executable, name]
     return subprocess.Popen([*start, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, **popen)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision"])
+
+
+def together(name, *argv, processes=2):
+    """The command of a script in processes that find each other as torchrun's do -> (exit codes, what they said). They are forked
+    from one that has imported torch, which takes seconds each time; torchrun itself starts test_readme's and the faults'.
+    """
+    with tempfile.NamedTemporaryFile("r") as said:
+        place = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        jobs = [FORKS.Process(target=_rank, args=(name, list(map(str, argv)), dict(place, RANK=rank, LOCAL_RANK=rank), said.name), daemon=True)
+                for rank in range(processes)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(200)
+        return [job.exitcode for job in jobs], said.read()
+
+
+def _rank(name, argv, place, said):
+    file = open(said, "a", buffering=1)
+    os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.environ.update({k: str(v) for k, v in place.items()})
+    sys.argv[0], module = f"{name}.py", importlib.import_module(name)
+    sys.exit(pretrain.command(module.run, module.options, argv))
 
 
 def log_of(out):

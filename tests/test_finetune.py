@@ -16,7 +16,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import gradients_of, log_of, script, weights_of
+from conftest import gradients_of, log_of, script, together, weights_of
 
 PLACE = pretrain.Place(0, 1, torch.device("cpu"))
 
@@ -342,14 +342,14 @@ def test_a_run_learns_and_leaves_all_it_should(of, tmp_path):
     assert (weights_of(out)["pos_embed"] - fresh.pos_embed).abs().max() > 1e-5                 # positions are trained, as MAE's
 
 
-def measured(weights, out, *flags, processes=None):
-    """The exit code of --eval in this process; of so many others, and what they said."""
-    argv = ["--weights", weights, "--eval", "--workers", 0, "--amp", "off", "--out", out, *flags]
-    if processes is None:
-        return pretrain.command(finetune.run, finetune.options, list(map(str, argv)))
-    job = script(*argv, processes=processes, name="finetune.py")
-    said = job.communicate(timeout=200)[0]
-    return job.returncode, said
+def measuring(weights, out, *flags):
+    """The command line of --eval."""
+    return list(map(str, ["--weights", weights, "--eval", "--workers", 0, "--amp", "off", "--out", out, *flags]))
+
+
+def measured(weights, out, *flags):
+    """The exit code of --eval."""
+    return pretrain.command(finetune.run, finetune.options, measuring(weights, out, *flags))
 
 
 def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
@@ -366,9 +366,9 @@ def test_eval_measures_as_the_run_did(of, tmp_path):
     """A ResNet trained at 64 and measured at 96: the same again, unless another size is asked for; three processes share it."""
     said = of(finetune, "--model", "resnet18", "--recipe", "rsb_a3", "--img_size", 64, "--patch_size", 8, "--test_size", 96,
               "--steps", 2, "--mixup", 0, "--cutmix", 0)[1]
-    code, again = measured(tmp_path / "run", tmp_path / "eval", processes=3)
+    codes, again = together("finetune", *measuring(tmp_path / "run", tmp_path / "eval"), processes=3)
     config, again = json.load(open(tmp_path / "eval/config.json")), result_of(again)
-    assert code == 0 and config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
+    assert codes == [0, 0, 0] and config["test_size"] == 96 and config["img_size"] == [64, 64] and config["test_crop"] == 0.95
     assert {k: again[k] for k in ("top1", "top5", "images")} == {k: result_of(said)[k] for k in ("top1", "top5", "images")}
     assert measured(tmp_path / "run", tmp_path / "other", "--test_size", 0) == 0
     assert json.load(open(tmp_path / "other/config.json"))["test_size"] == 0
@@ -397,8 +397,8 @@ def test_eval_refuses_what_would_mean_nothing(of, labelled, tmp_path, capfd):
         argv = ["--weights", str(tmp_path / weights), "--eval", "--workers", "0", "--amp", "off", "--out", str(tmp_path / "eval"), *flags]
         assert pretrain.command(finetune.run, finetune.options, argv) == 2
         assert says in capfd.readouterr().err.strip().splitlines()[-1]
-    said = measured(tmp_path / "run", tmp_path / "run", processes=2)[1]                        # both leave, none waits
-    assert "exitcode  : 2" in said and "exitcode  : 1" not in said, said
+    codes, said = together("finetune", *measuring(tmp_path / "run", tmp_path / "run"))
+    assert codes == [2, 2], said                                # both leave, none waits
 
 
 def test_a_size_that_is_asked_for_is_what_is_measured(of, tmp_path):
@@ -499,8 +499,8 @@ def test_two_processes_equal_one(of, labelled, tmp_path):
     """Training with everything random, and measuring on 13 images: each counted once."""
     said = of(finetune, *MIXED, out=tmp_path / "one")[1]
     argv = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
-    job = script(*argv, *MIXED, "--data", labelled, "--out", tmp_path / "two", processes=2, name="finetune.py")
-    assert job.wait(200) == 0, job.stdout.read()
+    codes, said_by_two = together("finetune", *argv, *MIXED, "--data", labelled, "--out", tmp_path / "two")
+    assert codes == [0, 0], said_by_two
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert one["images"] == two["images"] == 13 and one["top1"] == two["top1"] and one["top5"] == two["top5"] == result_of(said)["top5"]
     torch.testing.assert_close(gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two"), atol=1e-5, rtol=1e-3)
@@ -510,8 +510,8 @@ def test_two_processes_fine_tune_a_resnet_as_one(of, labelled, tmp_path):
     """Batch norm over both, LAMB, BCE, stochastic depth."""
     flags = "--model resnet18 --img_size 32 --patch_size 8 --recipe rsb_a2 --test_size 0 --batch_size 12 --steps 2".split()
     assert of(finetune, *flags, out=tmp_path / "one")[0] == 0
-    job = script(*flags, "--workers", 0, "--amp", "off", "--data", labelled, "--out", tmp_path / "two", processes=2, name="finetune.py")
-    assert job.wait(200) == 0, job.stdout.read()
+    codes, said = together("finetune", *flags, "--workers", 0, "--amp", "off", "--data", labelled, "--out", tmp_path / "two")
+    assert codes == [0, 0], said
     a, b = (gradients_of(tmp_path / name) for name in ("one", "two"))
     assert (a - b).norm() < 0.02 * a.norm()
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))

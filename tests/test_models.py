@@ -172,7 +172,7 @@ def test_flops_are_those_of_the_formula():
 def test_the_command_prints_every_model_and_exports(capsys, tmp_path):
     M.main([])
     said = capsys.readouterr().out
-    assert all(name in said for name in M.MODELS) and "(1, 50, 768)" in said
+    assert all(name in said for name in M.MODELS) and "blocks.0 (1, 50, 768)" in said and "layer4 (1, 2048, 7, 7)" in said
     torch.save(dict(model=small().state_dict(), step=1), tmp_path / "checkpoint.pt")
     M.main(["--export", str(tmp_path / "checkpoint.pt"), str(tmp_path / "vit.pth")])
     M.ViT(32, 8, 32, 2, 2).load_state_dict(torch.load(tmp_path / "vit.pth", weights_only=True), strict=True)

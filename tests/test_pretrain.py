@@ -17,7 +17,7 @@ import degrade
 import losses
 import models
 import pretrain as P
-from conftest import ROOT, TINY, gradients_of, log_of, losses_of, script, weights_of
+from conftest import ROOT, TINY, gradients_of, log_of, losses_of, script, together, weights_of
 
 
 # the built-in data ---------------------------------------------------------------------------------------
@@ -323,9 +323,8 @@ def test_accumulation_does_not_change_the_run(flags, task, run, tmp_path):
 def test_two_processes_equal_one(task, accum, run, folder, tmp_path):
     """Two Gloo processes of batch 4 (and of two accumulated 2) see the images, crops and masks of one of 8, and make its step."""
     assert run("--task", task, "--steps", 3, "--lr", 0.01, out=tmp_path / "one")[0] == 0
-    two = script(*TINY, "--task", task, "--steps", 3, "--lr", 0.01, "--accum", accum, "--data", folder, "--out", tmp_path / "two", processes=2)
-    said, _ = two.communicate(timeout=120)
-    assert two.returncode == 0, said
+    codes, said = together("pretrain", *TINY, "--task", task, "--steps", 3, "--lr", 0.01, "--accum", accum, "--data", folder, "--out", tmp_path / "two")
+    assert codes == [0, 0], said
     one, both = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert list(one.values()) == pytest.approx(list(both.values()), rel=1e-4)
     a, b = gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two")
@@ -337,9 +336,8 @@ def test_two_processes_with_synchronised_batch_norm_equal_one(run, folder, tmp_p
     ones are little more than the signs of the gradients, so rounding grows.)"""
     flags = ["--task", "a2mim", *RESNET, "--steps", 1]
     assert run(*flags, out=tmp_path / "one")[0] == 0
-    two = script(*TINY, *flags, "--data", folder, "--out", tmp_path / "two", processes=2)
-    said, _ = two.communicate(timeout=120)
-    assert two.returncode == 0, said
+    codes, said = together("pretrain", *TINY, *flags, "--data", folder, "--out", tmp_path / "two")
+    assert codes == [0, 0], said
     assert losses_of(tmp_path / "one")[1] == pytest.approx(losses_of(tmp_path / "two")[1], rel=1e-5)
     a, b = gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two")
     assert (a - b).norm() < 1e-3 * a.norm()

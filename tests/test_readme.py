@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 
@@ -19,7 +18,7 @@ import models
 import pretrain
 import probe
 import table1
-from conftest import ROOT, TINY, log_of
+from conftest import ROOT, TINY, free_port, log_of
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -77,10 +76,7 @@ def test_the_commands_for_a_folder(text, folder, tmp_path):
 
 def test_the_command_for_two_machines(folder, tmp_path):
     """Two launchers of one process each meet at the rendezvous."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = of("--nnodes=2").replace("/path/to/imagenet", str(folder)).replace("HOST:29400", f"127.0.0.1:{port}").replace("=8", "=1")
+    command = of("--nnodes=2").replace("/path/to/imagenet", str(folder)).replace("HOST:29400", f"127.0.0.1:{free_port()}").replace("=8", "=1")
     argv, pipe = [*in_this_python(command), *SMALL, "--out", str(tmp_path / "run")], subprocess.PIPE
     jobs = [subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [job.communicate(timeout=200)[0] for job in jobs]
