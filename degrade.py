@@ -2,7 +2,7 @@
 and the filled masks of *Architecture-Agnostic Masked Image Modeling* (A2, arXiv 2205.13943), section 4.
 
 A task is one function (what happens to the picture) and one row of TASKS (its defaults; which patches are hidden;
-how large the view is). `degrade` puts the two together. Everything works on a batch, on any device.
+how large the view is). `degrade` puts the two together. Everything works on a float32 batch, on any device.
 
     python degrade.py                  one picture of every task, on a drawn scene  -> tasks.png
     python degrade.py photo.jpg        the same on your image
@@ -72,14 +72,15 @@ def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, part=Non
     exact number asks for it. Arguments as in random_mask.
     """
     rows, columns, visible = _cells(grid, ratio, unit)
-    u = draw(batch, 3, generator=generator, part=part)
+    u = draw(batch, 4, generator=generator, part=part)
     height = (visible ** 0.5 * 2 ** (u[:, 0] - 0.5)).round().clamp(math.ceil(visible / columns), min(rows, visible))
-    width = (visible / height).ceil()
+    width = ((visible + height - 1) / height).floor()                                  # (a number / a tensor is not exact)
     top, left = (u[:, 1] * (rows - height + 1)).floor(), (u[:, 2] * (columns - width + 1)).floor()
     r = torch.arange(rows)[:, None] - top[:, None, None]                               # (B, rows, 1)
     c = torch.arange(columns)[None, :] - left[:, None, None]                           # (B, 1, columns)
     h, w = height[:, None, None], width[:, None, None]
     seen = (r >= 0) & (r < h) & (c >= 0) & (c < w) & (c * h + r < visible)
+    seen = torch.where(u[:, 3, None, None] < 0.5, seen, seen.flip(1, 2))               # or one corner of the picture is never seen
     return _patches(~seen.flatten(1), rows, columns, unit).to(device)
 
 
@@ -153,7 +154,9 @@ def resample(images, y, x, stretch_y, stretch_x, cubic=False):
 
 
 def crop_resize(images, box, size, cubic=False):
-    """Cut box (B, 4) = (top, left, height, width) in pixels out of each image, resize it to size = (h, w)."""
+    """Read box (B, 4) = (top, left, height, width), in pixels, of each image at size = (h, w): (B, C, h, w). Its edge blends
+    with what lies beyond it.
+    """
     def along(start, length, n):
         steps = (torch.arange(n, device=images.device) + 0.5) / n
         return start[:, None] + length[:, None] * steps, length[:, None] / n
@@ -191,8 +194,8 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     """(a) A zoom_size high part of the picture fills the canvas, the rest is discarded: (B, C, *size). BM 4.1.
 
     size: (h, w) of the result, the picture's own by default. zoom_size: pixels of the picture; default 160 / 224
-    of it, or, when the picture is larger than the result, `size` (A.1: no rescaling). zoom_at: "center", or
-    "random" (A.3: worse, as what is to be recovered is anyone's guess). ValueError for a size that does not fit.
+    of it, or, when the picture is larger than the result, `size` (BM A.1: no rescaling). zoom_at: "center", or
+    "random" (BM A.3: worse, as what is to be recovered is anyone's guess). ValueError for a size that does not fit.
     """
     whole = tuple(images.shape[2:])
     size = pair(size or whole)
@@ -225,7 +228,7 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, part=No
     zoom_size: pixels high, default 160 / 224 of the picture, or "rand": 96, 128, 160 or 192 / 224 of it, drawn
     for each image. zoom_fill, the rest of the canvas: "mirror" reflects the picture, so that the whole is
     continuous; "black"; "other" shows another image of the batch; "none": there is no rest, the shrunk picture
-    is stretched to the canvas (A.3 does not say how 160 px become 14 x 14 tokens: this is our reading).
+    is stretched to the canvas (BM A.3 does not say how 160 px become 14 x 14 tokens: this is our reading).
     """
     B, _, H, W = images.shape
     if zoom_size not in (None, "rand") and not 1 <= zoom_size <= H:
@@ -261,7 +264,8 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, part=None):
     """(c) Fisheye about a random centre: (B, C, H, W). BM 4.1.
 
     The canvas is [-1, 1] x [-1, 1], the centre c uniform on it, the twist t uniform between two bounds. A
-    pixel at distance r from the centre shows what lay at distance r - t r^2; t = 0 changes nothing.
+    pixel at distance r from the centre shows what lay at distance r - t r^2; t = 0 changes nothing. So what is farther
+    than 1 / (4 t) from the centre is not shown, and from r = 1 / (2 t) outwards the picture comes back mirrored.
     """
     B, _, H, W = images.shape
     if not 0 <= twist[0] <= twist[1] <= 1:
@@ -276,7 +280,7 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, part=None):
 
 
 def wave(images, height=0.05, length=0.5, generator=None, part=None):
-    """(c), A.3: a horizontal wave, (B, C, H, W). Each row moves sideways by height * W * sin, round the edge, so
+    """(c), BM A.3: a horizontal wave, (B, C, H, W). Each row moves sideways by height * W * sin, round the edge, so
     that no pixel is missing. length: of a wave, as a share of H; its phase is random. The paper gives neither.
     """
     B, C, H, W = images.shape
@@ -318,7 +322,7 @@ def desaturate(images, saturation=0.3):
     """(e) Saturation, in HSV, times a number in [0, 1]: (B, C, H, W). BM 4.1.
 
     HSV has value = max(R, G, B) and each channel at value * (1 - S * something of the hue), so scaling S moves
-    every channel towards the value: no conversion there and back is needed. 0: grey.
+    every channel towards the value: no conversion there and back is needed. 0: grey; one channel stays as it is.
     """
     if not 0 <= saturation <= 1:
         raise ValueError(f"saturation {saturation} is outside 0 .. 1")
@@ -535,7 +539,7 @@ def main(argv=None):
         from PIL import Image, ImageOps
         try:
             photo = numpy.array(ImageOps.exif_transpose(Image.open(args.image)).convert("RGB"))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             parser.exit(2, f"degrade.py: {args.image} is not an image that can be read: {error}\n")
         photo = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
         photo = center_crop(photo, min(photo.shape[2:]))

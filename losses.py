@@ -1,5 +1,5 @@
-"""One function per equation of *Beyond Masking* (BM) and *A2MIM* (A2). Predictions and targets in, one number out;
-always in float32.
+"""One function per equation of *Beyond Masking* (BM) and *A2MIM* (A2). Predictions and targets in, one number out,
+in float32 (outside autocast, which would bring some of it down to its own precision).
 
 Patches are (B, N, p p C), a row of the picture at a time, channels last inside a patch (MAE's order).
 Images are (B, C, H, W). counted (B, N) bool: the patches whose error is averaged; None = all of them.
@@ -60,7 +60,7 @@ def _area_weights(n, m, like):
 
 
 def resize_area(images, size):
-    """(B, C, H, W) -> (B, C, *size), F.interpolate's mode 'area' (A.2): every output pixel is a box average.
+    """(B, C, H, W) -> (B, C, *size), F.interpolate's mode 'area' (BM A.2): every output pixel is a box average.
 
     As two small matrix products, one a direction: the same numbers to rounding in half the time on a CPU.
     """
@@ -138,7 +138,7 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
 
 
 def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
-    """A.2's two terms as one picture of targets and one of weights that sum to 1: (B, C, V, V) and (B, 1, V, V).
+    """BM A.2's two terms as one picture of targets and one of weights that sum to 1: (B, C, V, V) and (B, 1, V, V).
 
     Centre, `size` = (h, w): the input's own patches, each normalised; the patches that count (B, N) share
     1 - band_weight. Outer band: the view shrunk to `size` (area), its patches normalised there, put together

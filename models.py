@@ -14,7 +14,6 @@ B batch, C channels, H x W pixels, p patch size, N = (H/p)(W/p) patches, D width
 hidden (B, N) bool: True = the encoder does not see this patch.
 """
 import argparse
-import math
 import os
 from typing import NamedTuple
 
@@ -23,15 +22,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-#                width depth heads  decoder: depth width heads (BM A.1: 4 blocks of width 384); the mask token's layer,
-VITS = {  #                         "middle" (A2 5.1: small and base; the others are ours, in proportion)
+# (width, depth, heads), the decoder's (depth, width, heads; BM A.1: 4 blocks of width 384), the layer after which the mask
+# token enters "in the middle" (A2 5.1: small and base; the others are ours, in proportion)
+VITS = {
     "vit_micro": ((128,  6,  4), (2,  64, 2), 3),     # for a CPU: small images, small patches
     "vit_tiny":  ((192, 12,  3), (4, 384, 6), 5),
     "vit_small": ((384, 12,  6), (4, 384, 6), 5),
     "vit_base":  ((768, 12, 12), (4, 384, 6), 8),     # BM section 4.1
     "vit_large": ((1024, 24, 16), (4, 384, 6), 16),
 }
-#                 kind of block, how many in each of the four stages
+# kind of block, how many in each of the four stages
 RESNETS = {
     "resnet18":  ("basic", (2, 2, 2, 2)),
     "resnet34":  ("basic", (3, 4, 6, 3)),
@@ -509,11 +509,9 @@ class TokenResNet(MaskTokenMixin, ResNet):
 
     def downsample(self, z, hidden):
         """D: each position's hidden share, (B, 1, h, w). 0 or 1 where a position is no larger than a mask cell."""
-        mask, shrink = hidden.view(-1, 1, *self.grid), []
-        for dim, n in ((2, z.shape[2]), (3, z.shape[3])):                              # up to a common multiple, then averaged
-            common = math.lcm(n, mask.shape[dim])
-            mask, shrink = mask.repeat_interleave(common // mask.shape[dim], dim), shrink + [common // n]
-        return F.avg_pool2d(mask.float(), shrink).to(z.dtype)
+        p = self.patch_size
+        pixels = hidden.view(-1, 1, *self.grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        return F.adaptive_avg_pool2d(pixels.float(), z.shape[2:]).to(z.dtype)
 
     def predict(self, z):
         B, C, p = z.shape[0], self.channels, self.patch_size
@@ -618,7 +616,7 @@ RECOVERY = ("decoder", "mask_token")                    # names of what only rec
 class Loaded(NamedTuple):
     """What load_weights did, by parameter name."""
     loaded: list
-    missing: list                       # in the model, not in the file
+    missing: list                       # in the model, not loaded
     unexpected: list                    # in the file, not in the model
     resized: list                       # position embeddings brought to this image size
 
@@ -689,12 +687,14 @@ def load_weights(model, source):
     if not any(n.startswith(("blocks.", "layer")) for n in loaded):
         raise ValueError(f"none of the backbone is in these weights: they have {', '.join(list(state)[:4]) or 'no tensors'} ..., "
                          f"the model {', '.join(list(own)[:4])} ...")
-    missing = [n for n in own if n not in state and n.startswith(("blocks.", "layer")) and "relative_position" not in n]
-    over = [n for n in state if n not in own and n.startswith(("blocks.", "layer"))]
+    blocks = ("blocks.", "layer", *["decoder_blocks."] * ("decoder_embed.weight" in state))
+    missing = [n for n in own if n not in state and n.startswith(blocks) and "relative_position" not in n]
+    over = [n for n in state if n not in own and n.startswith(blocks)]
     if missing or over:
-        biased = " and --relative_positions" if any("relative_position" in n for n in over) else ""
+        option = "--model and --relative_positions" if any("relative_position" in n for n in over) else \
+            "--decoder" if all(n.startswith("decoder") for n in missing + over) else "--model"
         raise ValueError(f"the blocks of these weights are not the model's: {len(missing)} missing ({', '.join(missing[:2])}), "
-                         f"{len(over)} left over ({', '.join(over[:2])}): choose the --model{biased} the weights were made with")
+                         f"{len(over)} left over ({', '.join(over[:2])}): choose the {option} the weights were made with")
     model.load_state_dict(state, strict=False)
     return Loaded(loaded, [n for n in own if n not in state], [n for n in state if n not in own] + unused, resized)
 
@@ -728,8 +728,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.export:
         try:
-            state = read_weights(args.export[0])
-            torch.save(export(state.get("model", state)), f"{args.export[1]}.part")
+            torch.save(export(tensors(read_weights(args.export[0]))), f"{args.export[1]}.part")
             os.replace(f"{args.export[1]}.part", args.export[1])                               # whole or not at all
         except (ValueError, OSError, RuntimeError) as error:
             p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")

@@ -61,7 +61,7 @@ def test_area_is_a_box_average():
 
 
 def test_the_two_regions_tile_the_view():
-    """A.2: weights are positive on the band and on the hidden patches of the centre, nowhere else, and sum to one."""
+    """BM A.2: weights are positive on the band and on the hidden patches of the centre, nowhere else, and sum to one."""
     hidden = torch.tensor([[True, False, True, True], [True, True, True, False]])
     goal, weight = L.zoom_targets(picture(2, 3, 12, 12), (8, 8), 4, hidden)
     assert goal.shape == (2, 3, 12, 12) and weight.shape == (2, 1, 12, 12)
@@ -73,7 +73,7 @@ def test_the_two_regions_tile_the_view():
 
 
 def test_zoom_in_mask_loss_written_out():
-    """A.2 in numpy for S = 8, V = 12, p = 4: centre term on hidden patches, band term, .8 and .2."""
+    """BM A.2 in numpy for S = 8, V = 12, p = 4: centre term on hidden patches, band term, .8 and .2."""
     target, prediction = picture(1, 1, 12, 12), picture(1, 4, 16, seed=1)
     hidden = torch.tensor([[True, False, True, True]])
     t, p = target[0, 0].double().numpy(), L.unpatchify(prediction, 4, (2, 2))[0, 0].double().numpy()
@@ -106,11 +106,15 @@ def test_a_perfect_prediction_costs_nothing_and_the_picture_comes_back():
         assert torch.allclose(L.recovered_picture(perfect, view, (16, 24), 8, norm), view, atol=1e-5)
 
 
-def test_the_loss_is_float32_under_autocast():
-    view = picture(2, 3, 16, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = L.recovery_loss(torch.zeros(2, 4, 192, dtype=torch.bfloat16), view, (16, 16), 8)
-    assert loss.dtype == torch.float32
+def test_the_picture_of_a_whole_view_borrows_from_the_input_and_from_the_shrunk_view():
+    """What recovery_loss compares, times the deviation that was divided by: the centre's own patches', the shrunk view's outside."""
+    view, prediction, size = picture(2, 3, 12, 12), picture(2, 4, 48, seed=1), (8, 8)
+    whole, (goal, _) = L.resize_area(L.unpatchify(prediction, 4, (2, 2)), (12, 12)), L.zoom_targets(view, size, 4)
+    mean, std = (L.resize_area(L.unpatchify(x, 4, (2, 2)), (12, 12)) for x in L.patch_statistics(L.patchify(L.resize_area(view, size), 4)))
+    want = mean + whole * std
+    inner, own = L.center_crop(view, size), L.patch_statistics(L.patchify(L.center_crop(view, size), 4))[1]
+    L.center_crop(want, size)[:] = inner + L.center_crop(whole - goal, size) * L.unpatchify(own, 4, (2, 2))
+    assert torch.allclose(L.recovered_picture(prediction, view, size, 4), want, atol=1e-5)
 
 
 # A2 -------------------------------------------------------------------------------------------------------

@@ -54,6 +54,24 @@ def test_the_encoder_has_timms_names_and_export_writes_them():
     assert torch.equal(vit(x), model.encode(x)[:, 0])
 
 
+def test_a_vit_computes_what_torchvisions_does():
+    """The same class scores from the same weights: the order inside qkv and inside a patch, norms, GELU, where the cls token is."""
+    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed.proj", "encoder.ln": "norm",
+             "heads.head": "head", "encoder.layers.encoder_layer_": "blocks.", "ln_": "norm", "self_attention.in_proj_": "attn.qkv.",
+             "self_attention.out_proj": "attn.proj", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
+    torch.manual_seed(0)
+    theirs, ours = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 256, num_classes=5).eval(), M.ViT(32, 8, 64, 3, 4, num_classes=5)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state = theirs.state_dict()
+    for before, after in names.items():
+        state = {k.replace(before, after): v for k, v in state.items()}
+    ours.load_state_dict(state, strict=True)
+    x = torch.rand(4, 3, 32, 32)
+    normal = torchvision.transforms.functional.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(ours(x), theirs(normal), atol=1e-6)
+
+
 def test_positions_are_maes():
     """First half of the channels: the column; each half sin then cos, frequencies 10000^(-i / (D/4)); cls: zero."""
     table = M.sincos_positions(16, (3, 5))[0]
@@ -99,11 +117,6 @@ def test_non_square_images_and_any_number_of_channels(size, channels):
     N = size[0] * size[1] // 64
     out = model(torch.rand(2, channels, *size), hidden(2, N))
     assert out.shape == (2, N, 64 * channels) and out.isfinite().all()
-
-
-def test_features_in_eval_are_deterministic():
-    model, x = small().eval(), torch.rand(2, 3, 32, 32)
-    assert torch.equal(model.encode(x), model.encode(x))
 
 
 def test_attention_written_out_equals_torchs_kernel():
@@ -173,17 +186,19 @@ def test_the_command_prints_every_model_and_exports(capsys, tmp_path):
     M.main([])
     said = capsys.readouterr().out
     assert all(name in said for name in M.MODELS) and "blocks.0 (1, 50, 768)" in said and "layer4 (1, 2048, 7, 7)" in said
-    torch.save(dict(model=small().state_dict(), step=1), tmp_path / "checkpoint.pt")
-    M.main(["--export", str(tmp_path / "checkpoint.pt"), str(tmp_path / "vit.pth")])
-    M.ViT(32, 8, 32, 2, 2).load_state_dict(torch.load(tmp_path / "vit.pth", weights_only=True), strict=True)
+    for key, prefix in (("model", ""), ("state_dict", "module.")):
+        torch.save({key: {prefix + k: v for k, v in small().state_dict().items()}, "step": 1}, tmp_path / "checkpoint.pt")
+        M.main(["--export", str(tmp_path / "checkpoint.pt"), str(tmp_path / "vit.pth")])
+        M.ViT(32, 8, 32, 2, 2).load_state_dict(torch.load(tmp_path / "vit.pth", weights_only=True), strict=True)
     with pytest.raises(SystemExit) as stop:
         M.main(["--export", str(tmp_path / "nowhere.pt"), "x"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_decoder_of_another_shape_names_the_option():
-    with pytest.raises(ValueError, match="--decoder"):
-        M.load_weights(small(), small(decoder_dim=32).state_dict())
+    for model, other in ((small(), small(decoder_dim=32)), (small(), small(decoder_depth=2)), (small(decoder_depth=2), small())):
+        with pytest.raises(ValueError, match="--decoder"):
+            M.load_weights(model, other.state_dict())
 
 
 # ResNet ------------------------------------------------------------------------------------------------
