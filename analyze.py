@@ -10,8 +10,8 @@ Fig. 1, 3, 5, A1 to A3, appendix B.
 
 RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or torchvision's names, or none: random
 weights, for reference. --out gets NAME.json, every number, and NAME.png, all runs on one sheet; curves want matplotlib. On
-two CPU cores and the built-in data each takes seconds to two minutes; --paper takes the papers' sample counts. A stopped
-one is gone on with by --resume. Nothing is random but by --seed, and all runs are shown the same images.
+two CPU cores and the built-in data each takes seconds to two minutes; --paper takes the papers' sample counts. --resume goes
+on with a stopped one. Nothing is random but by --seed, and all runs are shown the same images, each at its own size and crop.
 
 B batch, C channels, H x W pixels, p patch size, N patches, L blocks. visible (k, N) bool: True = the patch is shown.
 """
@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from typing import NamedTuple
@@ -184,8 +185,16 @@ def feature_maps(model, images, look):
 # Runs, images, results
 # ---------------------------------------------------------------------------------------------------
 
-class Stopped(Exception):
-    """By a signal, after saving."""
+NOT_FINITE = "what was measured is not finite: try --amp off, or look at the weights"
+
+
+class Stopped(BaseException):
+    """By a signal. What was measured is saved on its way."""
+
+
+def stop(number, frame):
+    """Answers SIGTERM and Ctrl-C at once: files are written whole."""
+    raise Stopped(number)
 
 
 class Results:
@@ -194,7 +203,7 @@ class Results:
     """
 
     def __init__(self, args, settings):
-        self.path, self.signals, self.saved = os.path.join(args.out, f"{args.name}.json"), pretrain.Signals(), time.monotonic()
+        self.path, self.saved = os.path.join(args.out, f"{args.name}.json"), time.monotonic()
         self.all = dict(analysis=args.name, settings=settings, runs={}, parts={}, **pretrain.provenance())
         try:
             os.makedirs(args.out, exist_ok=True)
@@ -221,7 +230,7 @@ class Results:
         try:
             text = json.dumps(self.all, allow_nan=False)
         except ValueError:
-            raise pretrain.Failure("what was measured is not finite: try --amp off, or look at the weights")
+            raise pretrain.Failure(NOT_FINITE)
         try:
             pretrain.write_whole(self.path, lambda file: file.write(text.encode()))
         except OSError as error:
@@ -237,29 +246,26 @@ class Results:
         self.all["parts"].pop(run.label, None)
         self.save()
 
-    def heed(self):
-        """Save and leave if a signal asked for it."""
-        if self.signals.received:
-            self.save()
-            raise Stopped(self.signals.received)
-
     def over_images(self, run, data, rows, chunk, size, look, place):
         """[look(views, labels, first)] for every `chunk` images of `rows`, what is there already not again. Failure when
-        more than 1% of the set cannot be read.
+        more than 1% of them cannot be read.
         """
         of_run = self.all["parts"].get(run.label)
         if not of_run or of_run["of"] != run.of():              # other weights, or sizes, by now
             of_run = self.all["parts"][run.label] = dict(of=run.of(), found=[])
-        parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(data), 1)
+        parts, total, bad_files = of_run["found"], math.ceil(len(rows) / chunk), pretrain.BadFiles(len(rows), 1)
         views = data.plain(rows[len(parts) * chunk:], chunk, size, run.c["test_crop"], device=place.device,
                            workers=run.c["workers"])
-        for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
-            bad_files.meet_few(unread, place)
-            with torch.inference_mode():
-                parts.append(None if view is None else look(view, labels, len(parts) * chunk))
-            if time.monotonic() > self.saved + 20:
-                self.save()
-            self.heed()
+        try:
+            for view, labels, unread in tqdm(views, run.label, total, initial=len(parts), leave=False, unit="part"):
+                bad_files.meet_few(unread, place)
+                with torch.inference_mode():
+                    parts.append(None if view is None else look(view, labels, len(parts) * chunk))
+                if time.monotonic() > self.saved + 20:
+                    self.save()
+        except Stopped:
+            self.save()
+            raise
         found = [part for part in parts if part is not None]
         if not found:
             raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
@@ -275,8 +281,8 @@ class Run(NamedTuple):
         """What its numbers depend on, besides the settings of the analysis: JSON values."""
         path = os.path.join(self.c["weights"], "checkpoint.pt") if os.path.isdir(self.c["weights"]) else self.c["weights"]
         written = os.path.getmtime(path) if self.state else None
-        settings = {k: self.c.get(k) for k in ("model", "img_size", "patch_size", "pool", "test_crop")}
-        return dict(weights=self.c["weights"], written=written, **settings)
+        names = ("model", "img_size", "patch_size", "pool", "test_crop", "task", "settings", "norm_target")
+        return dict(weights=self.c["weights"], written=written, **{k: self.c.get(k) for k in names})
 
 
 def folder_of(weights):
@@ -298,10 +304,11 @@ def labels_of(weights):
 def open_runs(args, place):
     """The encoders of args.runs, each with its own model and sizes, on one --data. `none` is like the first other one."""
     runs, first, own_to_a_run = {}, None, dict.fromkeys(("model", "recipe", "test_size", "test_crop"))
-    for label, weights in sorted(zip(labels_of(args.runs), args.runs), key=lambda x: x[1] == "none"):
+    says_least_last = lambda x: (x[1] == "none", not os.path.isdir(folder_of(x[1])))           # runs, files of weights, none
+    for label, weights in sorted(zip(labels_of(args.runs), args.runs), key=says_least_last):
         own = argparse.Namespace(**{**vars(args), **own_to_a_run, "weights": weights, "eval": True})
         if weights == "none" and first:
-            for name in ("model", "img_size", "patch_size", "pool", "relative_positions"):
+            for name in ("model", "img_size", "patch_size", "pool", "relative_positions", "test_crop"):
                 setattr(own, name, first[name])
         state = finetune.open_weights(own)
         own.model = own.model or args.model                     # a run says its own, a file of weights alone does not
@@ -309,7 +316,7 @@ def open_runs(args, place):
             own.data, own.root = first["data"], first["root"]
         if args.data is None and first and own.data != first["data"]:
             raise BadRequest(f"{first['weights']} is of {first['data']}, {weights} of {own.data}: say which images with --data")
-        c, _ = finetune.choose_recipe(own, "analyze")
+        c = finetune.choose_recipe(own, "analyze")
         c.update(img_size=finetune.measured_size(c), amp=pretrain.precision(c["amp"], place.device),
                  workers=pretrain.loaders(c["workers"], place), labels=None)
         first = first or c
@@ -328,7 +335,10 @@ def mean_colour(data, run, seed, place):
     """The mean of each channel over 1,000 images of the set, all if there are fewer: (C,)."""
     rows = choose_images(data, 1000, seed)
     parts = data.plain(rows, 250, run.c["img_size"], run.c["test_crop"], device=place.device, workers=run.c["workers"])
-    return torch.cat([views.mean((2, 3)) for views, _, _ in parts if views is not None]).mean(0)
+    colours = [views.mean((2, 3)) for views, _, _ in parts if views is not None]
+    if not colours:
+        raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
+    return torch.cat(colours).mean(0)
 
 
 FIT = 10000                                                     # images a linear layer is fitted to, where the run has none
@@ -336,14 +346,14 @@ FIT = 10000                                                     # images a linea
 
 def classifier(run, val, args, place):
     """The run's own classifier of val's classes, or its encoder, frozen, with a linear layer fitted by probe.py to the
-    training images -> module, what it is in words.
+    training images -> images -> scores (k, classes), float32, Failure if not finite; what it is in words.
     """
     c, classes, weights = run.c, len(val.classes), {} if run.state is None else models.tensors(run.state)
     head = weights.get("fc.weight" if c["model"] in models.RESNETS else "head.weight")
     if head is not None and len(head) == classes and run.state["config"].get("classes", val.classes) == val.classes:
         model, loaded = finetune.load_model(c, run.state, place, classes, keep_head=True)
         if not loaded.missing:
-            return model.eval(), "its own classifier"
+            return scored(model.eval(), c, place), "its own classifier"
     model = finetune.load_model(c, run.state, place)[0].eval().requires_grad_(False)
     train = pretrain.load_data(c, place, "train", labelled=True)
     if train.classes != val.classes:
@@ -351,16 +361,18 @@ def classifier(run, val, args, place):
     train = train if args.paper else train.keep(choose_images(train, FIT, c["seed"]))
     features, labels, _ = probe.gather(model, train, c, place, f"{run.label}: features")
     head = probe.linear_probe(features, labels, classes, c["model"] in models.RESNETS, c["seed"])
-    return nn.Sequential(model, head), f"a linear layer on its frozen features, fitted to {len(labels):,} images"
+    kind = f"a linear layer on its frozen features, fitted to {len(labels):,} images"
+    return scored(nn.Sequential(model, head), c, place), kind
 
 
-def scored(model, amp, device, before=lambda: None):
-    """images -> the model's scores, float32, in that precision; `before` is called before each batch."""
-    def score(images):
-        before()
-        with torch.autocast(device.type, *AUTOCAST[amp]):
-            return model(images).float()
-    return score
+def scored(model, c, place):
+    def classify(images):
+        with torch.autocast(place.device.type, *AUTOCAST[c["amp"]]):
+            scores = model(images).float()
+        if not scores.isfinite().all():
+            raise pretrain.Failure(NOT_FINITE)
+        return scores
+    return classify
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -421,7 +433,7 @@ def mean_and_error(parts):
 def measured(args, place, settings, chunk, prepare, labelled=False):
     """What four of the figures share: every run is shown the same images, `chunk` at once -> results, [(label, its numbers)].
 
-    prepare(run, data, results) -> look(views, labels, first), a part of the answer as JSON values; numbers(parts), the answer.
+    prepare(run, data) -> look(views, labels, first), a part of the answer as JSON values; numbers(parts), the answer.
     """
     runs = open_runs(args, place)
     data = pretrain.load_data(runs[0].c, place, "val", labelled=labelled)
@@ -431,7 +443,7 @@ def measured(args, place, settings, chunk, prepare, labelled=False):
         if not results.has(run):
             run.c["channels"] = data.channels
             try:
-                look, numbers = prepare(run, data, results)
+                look, numbers = prepare(run, data)
             except BadRequest as error:
                 raise BadRequest(f"{run.label}: {error}")
             results.done(run, numbers(results.over_images(run, data, rows, chunk, run.c["img_size"], look, place)))
@@ -439,61 +451,57 @@ def measured(args, place, settings, chunk, prepare, labelled=False):
 
 
 def of_maps(args, place, value):
-    """value(map) of every block's output, its mean and standard error over images."""
-    def prepare(run, data, results):
+    """value(map) of the blocks' outputs: results, [(label, depth of each block from 1/L to 1, its mean over images, its standard
+    error)]. A map of one position (of one row, for the frequencies) has nothing but 0, and is left out.
+    """
+    def prepare(run, data):
         model = finetune.load_model(run.c, run.state, place)[0].eval()
 
         def look(views, labels, first):
             with torch.autocast(place.device.type, *AUTOCAST[run.c["amp"]]):
                 return sums(feature_maps(model, views, value))
-        return look, lambda parts: dict(zip(("mean", "error"), mean_and_error(parts)))
-    return measured(args, place, {}, 64, prepare)
 
-
-def depths(values):
-    """Normalised depth of each block: 1/L .. 1."""
-    return [(i + 1) / len(values) for i in range(len(values))]
+        def numbers(parts):
+            mean, error = mean_and_error(parts)
+            return dict(images=sum(part["n"] for part in parts), mean=mean, error=error)
+        return look, numbers
+    results, runs, lines = *measured(args, place, {}, 64, prepare), []
+    for label, r in runs:
+        depths = [(i + 1) / len(r["mean"]) for i in range(len(r["mean"]))]
+        blocks = [block for block in zip(depths, r["mean"], r["error"]) if any(block[1])]
+        if not blocks:
+            raise BadRequest(f"{label}: its maps are too small for this: choose a larger --img_size")
+        lines.append((label, *map(list, zip(*blocks))))
+    left = "; ".join(f"{label} after depth {at[-1]:.2g}" for label, at, _, _ in lines if at[-1] < 1)
+    return results, lines, f" Left out, maps one position high: {left}." if left else ""
 
 
 def fourier(args, place):
-    results, runs = of_maps(args, place, log_amplitude)
-    high, whole = [], []
-    for label, r in runs:
-        of_blocks = zip(depths(r["mean"]), r["mean"], r["error"])
-        blocks = [x for x in of_blocks if len(x[1]) > 1]        # a map of one row has no frequencies
-        if not blocks:
-            raise BadRequest(f"{label}: maps one patch high have no frequencies: choose a larger --img_size")
-        at, means, errors = zip(*blocks)
-        high.append((label, list(at), [mean[-1] for mean in means], [error[-1] for error in errors]))
-        _, mean, error = blocks[-1]
-        whole.append((label, [k / (len(mean) - 1) for k in range(len(mean))], mean, error))
+    results, runs, left = of_maps(args, place, log_amplitude)
+    high = [(label, at, [m[-1] for m in mean], [e[-1] for e in error]) for label, at, mean, error in runs]
+    whole = [(label, np.linspace(0, 1, len(mean[-1])).tolist(), mean[-1], error[-1]) for label, _, mean, error in runs]
     panels = [dict(title="High frequencies in the feature maps", x="depth, block / blocks",
                    y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high),
               dict(title="Spectrum of the last block's maps", x=r"frequency along the diagonal, of the highest",
                    y="log amplitude (natural) less that at 0", lines=whole)]
     last = "; ".join(f"{label} {y[-1]:.2f} ± {error[-1]:.2f}" for label, _, y, error in high)
     average = "; ".join(f"{label} {sum(y) / len(y):.2f}" for label, _, y, _ in high)
-    left = [f"{label} {len(r['mean']) - len(x)}" for (label, r), (_, x, _, _) in zip(runs, high) if len(x) < len(r["mean"])]
     finish(args, results, panels,
            "Lower is smoother: the more negative, the more a block's maps have been low-pass filtered; white noise has 0. A2 "
            "found that masked modelling and inpainting filter more than contrastive or supervised training (ResNet-50, Fig. 3a). "
-           f"Last block: {last}. Mean over blocks: {average}." +
-           (f" Left out, maps one position high: {', '.join(left)} blocks." if left else ""))
+           f"Last block: {last}. Mean over blocks: {average}.{left}")
 
 
 def variance(args, place):
-    results, runs = of_maps(args, place, spatial_variance)
-    lines = []
-    for label, r in runs:                                       # a map of one position does not vary
-        blocks = [(d, mean[0], error[0]) for d, mean, error in zip(depths(r["mean"]), r["mean"], r["error"]) if mean[0] > 0]
-        lines.append((label, *([x[i] for x in blocks] for i in range(3))))
+    results, runs, left = of_maps(args, place, spatial_variance)
+    lines = [(label, at, [m for m, in mean], [e for e, in error]) for label, at, mean, error in runs]
     panel = dict(title="Variance of the feature maps", x="depth, block / blocks", y="spatial variance, mean over channels",
                  lines=lines, more=dict(yscale="log"))
-    ends = "; ".join(f"{label} {r['mean'][0][0]:.3g}, {r['mean'][-1][0]:.3g}" for label, r in runs)
+    ends = "; ".join(f"{label} {y[0]:.3g}, {y[-1]:.3g}" for label, _, y, _ in lines)
     finish(args, results, [panel],
            "How much a block's maps differ from place to place. A2 found that masked modelling lowers it and other pre-training "
            "raises it (ResNet-50, Fig. 3b); the scale of a network's features counts too, so compare one architecture's curves "
-           f"by their course. First and last block: {ends}.")
+           f"by their course. First and last block: {ends}.{left}")
 
 
 def grid_of(c):
@@ -508,9 +516,8 @@ def judged(runs):
 def occlude(args, place):
     ratios = RATIOS[:-1]
 
-    def prepare(run, val, results):
-        model, kind = classifier(run, val, args, place)
-        classify, grid = scored(model, run.c["amp"], place.device, results.heed), grid_of(run.c)
+    def prepare(run, val):
+        (classify, kind), grid = classifier(run, val, args, place), grid_of(run.c)
         base = mean_colour(val, run, args.seed, place) if args.fill == "mean" else torch.zeros(val.channels, device=place.device)
 
         def look(views, labels, first):
@@ -543,13 +550,12 @@ def interact(args, place):
     if args.amp == "auto":                      # a difference of four scores: where it is small, bf16 rounds it away
         args.amp = "off"
 
-    def prepare(run, val, results):
+    def prepare(run, val):
         grid, p = grid_of(run.c), run.c["patch_size"]
         n, near = math.prod(grid), near_pairs(grid, args.distance)
         if n < 3 or not len(near):
             raise BadRequest(f"--distance {args.distance}: {grid[0]}x{grid[1]} patches have no such pairs with others about them")
-        model, kind = classifier(run, val, args, place)
-        classify, base = scored(model, run.c["amp"], place.device, results.heed), mean_colour(val, run, args.seed, place)
+        (classify, kind), base = classifier(run, val, args, place), mean_colour(val, run, args.seed, place)
         orders = sorted({round(r * (n - 2)) for r in RATIOS})
 
         def look(views, labels, first):                         # one image
@@ -586,24 +592,20 @@ def recovery_of(args, weights, place):
     """How the images of a run of pretrain.py are damaged and recovered -> its configuration, its file. For an MAE file, which
     says nothing of it: by --task and its like.
     """
-    asked = [name for name in RECOVERY if getattr(args, name) is not None]
     try:
         state = models.read_weights(weights)
     except ValueError as error:
         raise BadRequest(str(error))
     config = state.get("config")
     if isinstance(config, dict) and "settings" in config:
-        if asked:
-            raise BadRequest(f"--{asked[0]} is for a file of weights alone: {weights} says itself how it was made")
         c = dict(config, **{name: getattr(args, name) for name in ("data", "root") if getattr(args, name)})
     elif isinstance(config, dict):
         raise BadRequest(f"{weights} recovers no image: give the run of pretrain.py it began with")
     else:
-        given = {name: getattr(args, name) for name in ("data", "root", *RECOVERY) if getattr(args, name) is not None}
-        values = [[f"--{name}", *map(str, v if isinstance(v, list) else [v])] for name, v in given.items()]
-        own = pretrain.options().parse_args(["--task", "mask", *sum(values, [])])
-        channels = pretrain.load_data(dict(vars(own), download=args.download), place, "val").channels
-        c = pretrain.resolve(own, place, 1, channels)
+        own = pretrain.options().parse_args([])
+        given = {name: vars(args)[name] for name in ("data", "root", "download", *OF_A_FILE)}
+        vars(own).update({"task": "mask", **{name: value for name, value in given.items() if value is not None}})
+        c = pretrain.resolve(own, place, 1, pretrain.load_data(vars(own), place, "val").channels)
     return dict(c, download=args.download, weights=weights, test_crop=1.0, amp=pretrain.precision(args.amp, place.device),
                 workers=pretrain.loaders(args.workers, place)), state
 
@@ -627,13 +629,20 @@ def reconstruct(args, place):
     """BM Fig. 3, A2 Fig. 5, A3. The mean squared error is that of the loss: of the pixels the task asks for, normalised as its
     targets are; beside it that of the pictures shown, of all pixels in [0, 1].
     """
-    results, pictures, says = Results(args, dict(images=args.images, seed=args.seed, data=args.data)), [], []
-    for label, weights in zip(labels_of(args.runs), args.runs):
+    opened, pictures, says = [], [], []
+    for label, weights in zip(labels_of(args.runs), args.runs):                                # all, before one is measured
         c, state = recovery_of(args, weights, place)
         run, data, model = Run(label, c, state), pretrain.load_data(c, place, "val"), recovery_model(c, state, place)
         if data.channels != c["channels"]:
             raise BadRequest(f"{weights} recovers images of {c['channels']} channels, those of {c['data']} have {data.channels}: "
                              "choose another --data")
+        opened.append((run, data, model))
+    asked = [name for name in OF_A_FILE if getattr(args, name) is not None]
+    if asked and all("config" in run.state for run, _, _ in opened):
+        raise BadRequest(f"--{asked[0]} is for a file of weights alone: these runs say themselves how they were made")
+    results = Results(args, dict(images=args.images, seed=args.seed, data=args.data))
+    for run, data, model in opened:
+        c, label = run.c, run.label
         rows, size, p, per = choose_images(data, args.images, args.seed), tuple(c["img_size"]), c["patch_size"], c["norm_target"]
 
         def look(views, labels, first):
@@ -644,17 +653,16 @@ def reconstruct(args, place):
             return dict(n=len(views), mse=[float(x) for x in mse], shown=[float(x) for x in shown])
         if not results.has(run):
             parts = results.over_images(run, data, rows, 50, tuple(c["view"]), look, place)
-            n = sum(part["n"] for part in parts)
-            mse, shown = ([sum(part["n"] * part[k][i] for part in parts) / n for i in range(len(parts[0][k]))]
-                          for k in ("mse", "shown"))
-            results.done(run, dict(task=c["task"], images=n, normalised_per=per, mse=mse[0], mse_without_token=(mse + [None])[1],
-                                   mse_shown=shown[0], mse_shown_without_token=(shown + [None])[1], borrowed=per != "off"))
+            n = [part["n"] for part in parts]
+            mse, shown = (np.average([part[k] for part in parts], 0, n).tolist() for k in ("mse", "shown"))
+            results.done(run, dict(task=c["task"], images=sum(n), normalised_per=per, mse=mse[0],
+                                   mse_without_token=(mse + [None])[1], mse_shown=shown[0], borrowed=per != "off"))
         found = results.all["runs"][label]
         pixels = "of pixels over ImageNet's deviations" if per == "off" else f"of pixels normalised per {per}"
         text = f"{label}: mean squared error over {found['images']} images {found['mse']:.4f}, {pixels}"
-        first = data.plain(rows[:args.rows], args.rows, tuple(c["view"]), device=place.device)
+        first = data.plain(rows, args.rows, tuple(c["view"]), device=place.device)
         shown = next(views for views, _, _ in first if views is not None)
-        pictures += [heading(text), pretrain.picture_of(model, shown, c, seeded(args.seed, PICTURE, 0))]
+        pictures.append((text, pretrain.picture_of(model, shown, c, seeded(args.seed, PICTURE, 0))))
         without, borrowed = found["mse_without_token"], ", their patches' mean and contrast borrowed" if found["borrowed"] else ""
         says.append(text + (f" (without the mask token {without:.4f})" if without is not None else "") +
                     f", of the pictures shown {found['mse_shown']:.4f}{borrowed}")
@@ -666,21 +674,14 @@ def reconstruct(args, place):
           f"or hide differently do not compare.\nnumbers: {results.path}")
 
 
-def heading(text):
-    """A line of text as a Pillow picture."""
-    from PIL import Image, ImageDraw, ImageFont
-    font = ImageFont.load_default(14)
-    line = Image.new("RGB", (12 + round(font.getlength(text)), 26), "white")
-    ImageDraw.Draw(line).text((6, 6), text, "black", font)
-    return line
-
-
 def stacked(pictures):
-    """Pillow pictures below one another."""
-    from PIL import Image
-    page = Image.new("RGB", (max(x.width for x in pictures), sum(x.height for x in pictures)), "white")
-    for i, x in enumerate(pictures):
-        page.paste(x, (0, sum(above.height for above in pictures[:i])))
+    """[(a line of text or "", a Pillow picture)] below one another, each picture below its line."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, at = ImageFont.load_default(14), [0, *itertools.accumulate(x.height + 26 * bool(text) for text, x in pictures)]
+    page = Image.new("RGB", (max(max(x.width, 12 + round(font.getlength(text))) for text, x in pictures), at[-1]), "white")
+    for top, bottom, (text, x) in zip(at, at[1:], pictures):
+        ImageDraw.Draw(page).text((6, top + 6), text, "black", font)
+        page.paste(x, (0, bottom - x.height))
     return page
 
 
@@ -745,7 +746,7 @@ def curves(args, _):
 # python analyze.py
 # ---------------------------------------------------------------------------------------------------
 
-RECOVERY = ("task", "model", "img_size", "patch_size", "decoder", "norm_target")              # of a file of weights alone
+OF_A_FILE = ("task", "model", "img_size", "patch_size", "decoder", "norm_target")             # a run says its own
 NAMES = {                                                       # what it does, its counts, and those of --paper (0: all)
     "reconstruct": (reconstruct, "pictures recovered and their mean squared error", dict(images=100), {}),
     "curves": (curves, "loss and accuracy against epochs", {}, {}),
@@ -770,10 +771,12 @@ def options():
             continue
 
         def count(option, what):
-            of_paper = f", with --paper {paper[option] or 'all'}" if paper else ""
+            of_paper = f", with --paper {paper[option] or 'all'}" if paper and paper[option] != counts[option] else ""
             q.add_argument(f"--{option}", type=int, help=f"{what}; default: {counts[option]}{of_paper}")
-        says = dict(finetune.SAYS, workers=pretrain.DEVICE_SAYS["workers"], data="that of the first run",
-                    root="that of the first run, or data")
+        says = dict(finetune.SAYS, data="that of the first run", root="that of the first run, or data",
+                    model="a run's own; of a file of weights vit_base for a folder, vit_micro for the small sets",
+                    img_size="a run's own; else 224 or, for the small sets, 32, for a ResNet 64",
+                    patch_size="a run's own; else 16 or 4, for a ResNet 8")
         if name == "interaction":
             says["amp"] = "auto, which is float32 here: bf16 may round interactions away"
         shared = ("data", "root", "download", "model", "img_size", "patch_size", "seed", "device", "amp", "workers")
@@ -786,7 +789,8 @@ def options():
             q.add_argument("--decoder", metavar="DEPTHxWIDTHxHEADS", help="of a file of weights alone; MAE's is 8x512x16")
             q.add_argument("--norm_target", choices=("patch", "channel", "off"),
                            help="of a file of weights alone; default: the task's")
-            q.add_argument("--rows", type=int, default=8, metavar="N", help="images shown of each run, two a row; default: 8")
+            q.add_argument("--rows", type=int, default=8, metavar="N",
+                           help="images shown of each run, two a row, so an even number; default: 8")
             continue
         finetune.weights_options(q)
         q.add_argument("--paper", action="store_true", help="the paper's counts (A2 3.1; of interactions those of its reference "
@@ -817,6 +821,8 @@ def run(args):
     place = pretrain.set_up(getattr(args, "device", "cpu"))
     if place.world > 1:
         raise BadRequest(f"analyze.py is one process, and torchrun started {place.world}: start it with python")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         NAMES[args.name][0](args, place)
     except Stopped as stopped:

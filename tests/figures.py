@@ -8,7 +8,6 @@ fine-tuned with 100 labels a class, and so are random weights; then analyze.py s
 was. matplotlib is needed.
 """
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +24,13 @@ WIDTH = 1320                                                    # pixels of the 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--out", default=os.path.join("runs", "figures"), metavar="DIR", help="default: runs/figures")
-    p.add_argument("--table", default=os.path.join("runs", "table1-shapes"), metavar="DIR",
-                   help="the --out of tests/table1.py; default: runs/table1-shapes")
+    p.add_argument("--out", metavar="DIR", help="default: runs/figures")
+    p.add_argument("--table", metavar="DIR", help="the --out of tests/table1.py; default: runs/table1-shapes")
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
     args = p.parse_args(argv)
     import matplotlib                                           # without it there is nothing to put together  # noqa: F401
     trial = "" if args.share == 1 else f"-{args.share:g}"       # must not be taken for the table
-    out, table = Path(args.out + trial).resolve(), Path(args.table + trial).resolve()
+    out, table = Path(args.out or f"runs/figures{trial}").resolve(), Path(args.table or f"runs/table1-shapes{trial}").resolve()
     out.mkdir(parents=True, exist_ok=True)
 
     def go(*command):
@@ -68,7 +66,7 @@ def sheet(folder):
         for i, x in enumerate(parts):
             row.paste(x, (sum(left.width for left in parts[:i]), 0))
         rows.append(row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS))
-    pretrain.write_whole(str(folder / "figures.png"), lambda file: analyze.stacked(rows).save(file, format="PNG", optimize=True))
+    pretrain.write_whole(str(folder / "figures.png"), lambda file: analyze.stacked([("", row) for row in rows]).save(file, format="PNG", optimize=True))
     print(f"drawn: {folder / 'figures.png'}")
 
 

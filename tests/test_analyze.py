@@ -398,10 +398,14 @@ def test_a_file_of_weights_alone_is_reconstructed(do, made, tmp_path, labelled):
     code, _, wrong, found = do("reconstruct", tmp_path / "mae.pth", *TINY, *more, "--norm_target", "off", "--rows", 2)
     assert code == 0, wrong
     assert found["runs"]["mae.pth"]["task"] == "mask" and not found["runs"]["mae.pth"]["borrowed"]
+    again = do("reconstruct", tmp_path / "mae.pth", *TINY, *more, "--norm_target", "patch", "--rows", 2, "--resume")[3]
+    assert again["runs"]["mae.pth"]["borrowed"]                 # another request: measured again
+    assert do("reconstruct", "zoom", tmp_path / "mae.pth", *TINY, *more, "--rows", 2, out=tmp_path / "both")[0] == 0
     torch.save(models.export(state["model"]), tmp_path / "vit.pth")
     code, _, wrong, _ = do("reconstruct", tmp_path / "vit.pth", *TINY, *more, out=tmp_path / "other")
     assert code == 2 and "vit.pth recovers no image, it lacks decoder_pred.weight" in wrong
     assert do("fourier", tmp_path / "vit.pth", *TINY, *more)[0] == 0
+    assert do("variance", tmp_path / "vit.pth", "zoom", *TINY, *more[:-2])[0] == 0             # the data of the run, in any order
 
 
 def test_curves_are_the_log_s(do, made):
@@ -434,12 +438,12 @@ def test_stopped_and_resumed_equals_never_stopping(made, tmp_path, do, monkeypat
            "def interactions(*a):\n    print('at work', flush=True); time.sleep(.3); return old(*a)\nanalyze.interactions = interactions\n" \
            "sys.exit(pretrain.command(analyze.run, analyze.options, sys.argv[1:]))"
     import subprocess
-    command = [sys.executable, "-c", slow, "interaction", made / "tuned", *argv, "--out", tmp_path / "part"]
+    command, at_work = [sys.executable, "-c", slow, "interaction", made / "tuned", *argv, "--out", tmp_path / "part"], 0
     job = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
-        if "at work" in line:
+        at_work += "at work" in line
+        if at_work == 3:                                        # the first two images are done
             break
-    time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     assert job.wait() == 143
     done = len(json.loads((tmp_path / "part" / "interaction.json").read_text())["parts"]["tuned"]["found"])
@@ -461,8 +465,8 @@ def test_resume_measures_only_what_is_new(do, made, monkeypatch):
     code, _, _, again = do("variance", "none", "zoom", *TINY, "--resume")
     assert code == 0 and again["runs"]["zoom"] == first["zoom"] and again["runs"]["none"] == first["none"]
     os.utime(made / "zoom" / "checkpoint.pt")                   # other weights
-    with pytest.raises(TypeError):
-        do("variance", "zoom", *TINY, "--resume")
+    code, _, wrong, _ = do("variance", "zoom", *TINY, "--resume")
+    assert code == 1 and "TypeError" in wrong
 
 
 def test_parts_of_other_weights_are_not_gone_on_with(do, made, tmp_path):
@@ -492,13 +496,65 @@ def test_unreadable_images_are_named_and_too_many_of_them_stop(do, made, labelle
     assert code == 1 and f"more than 1% of {len(files)} images cannot be read" in wrong and str(files[1]) in wrong
 
 
+def test_what_is_drawn(do, monkeypatch):
+    """The axes of every curve: depth 1/L .. 1, the share dropped, order over n - 2; bands are the deviations that are reported."""
+    seen, hits = {}, torch.arange(36).view(12, 3) * 7 % 4       # of 3 images
+    monkeypatch.setattr(analyze, "occlusion", lambda *_: hits)
+    monkeypatch.setattr(analyze, "draw", lambda panels, path, again: seen.update({os.path.basename(path): panels[0]["lines"][0]}))
+    runs = {name: do(name, "tuned", "--images", 3, "--workers", 0, "--amp", "off", *more)[3]["runs"]["tuned"] for name, more in (
+        ("occlusion", ["--repeats", 3]), ("interaction", ["--pairs", 2, "--contexts", 2]), ("variance", []))}
+    _, x, y, band = seen["occlusion.png"]
+    assert x == [k / 16 for k in (0, 1, 2, 4, 5, 7, 8, 10, 12, 13, 15, 15)] and y == runs["occlusion"]["mean"]
+    np.testing.assert_allclose(y, 100 * hits.double().mean(1) / 3, rtol=1e-5)
+    np.testing.assert_allclose(band, 100 * hits.double().std(1) / 3, atol=1e-4)
+    assert seen["interaction.png"][1] == [m / 14 for m in (0, 1, 3, 4, 6, 7, 8, 10, 11, 13, 14)]
+    assert seen["variance.png"][1] == [(i + 1) / 6 for i in range(6)]
+
+
+def test_images_in_parts_are_one_set(do, made, labelled, tmp_path, monkeypatch):
+    """Ten images by fours: the last two count as two; every part draws its own masks, every image its own pairs."""
+    argv = f"--task zoom_in --model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --steps 1 --batch_size 4 --data {labelled}"
+    assert pretrain.command(pretrain.run, pretrain.options, [*argv.split(), "--out", str(tmp_path / "run")]) == 0
+    whole = do("reconstruct", tmp_path / "run", *TINY, out=tmp_path / "whole")[3]["runs"]["run"]                # nothing random in it
+    real, masks, pairs = analyze.Results.over_images, [], []
+    monkeypatch.setattr(analyze.Results, "over_images", lambda self, run, data, rows, chunk, *more: real(self, run, data, rows, min(chunk, 4), *more))
+    run = do("reconstruct", tmp_path / "run", *TINY)[3]["runs"]["run"]
+    assert run["mse"] == pytest.approx(whole["mse"], rel=1e-5) and run["images"] == 10
+    draw, old = degrade.random_mask, analyze.interactions
+    monkeypatch.setattr(degrade, "random_mask", lambda batch, grid, ratio, **more: masks.append(draw(batch, grid, ratio, **more)) or masks[-1])
+    assert do("occlusion", "tuned", *TINY, "--repeats", 1)[3]["runs"]["tuned"]["images"] == 10
+    half = [m[:2] for m in masks if m.sum() == 8 * len(m) and len(m) > 1]
+    assert len(half) == 3 and not torch.equal(half[0], half[1])
+    monkeypatch.setattr(analyze, "interactions", lambda f, n, p, *more: pairs.append(p.tolist()) or old(f, n, p, *more))
+    do("interaction", "tuned", "--images", 3, "--pairs", 3, "--contexts", 2, "--workers", 0)
+    assert len(pairs) == 3 and pairs[0] != pairs[1]
+
+
+def test_a_classifier_of_other_classes_is_not_taken(do, made, tmp_path):
+    """Nor one of the same classes in another order: its scores would be read for the wrong ones."""
+    state = models.read_weights(str(made / "tuned"))
+    state["config"]["classes"] = state["config"]["classes"][::-1]
+    (tmp_path / "turned").mkdir()
+    torch.save(state, tmp_path / "turned" / "checkpoint.pt")
+    run = do("occlusion", tmp_path / "turned", *TINY, "--repeats", 1)[3]["runs"]["turned"]
+    assert run["classifier"].startswith("a linear layer")
+
+
+@pytest.mark.parametrize("more, fitted", [([], 5), (["--paper"], 36)])
+def test_paper_fits_to_all_training_images(do, monkeypatch, more, fitted):
+    monkeypatch.setattr(analyze, "FIT", 5)
+    run = do("occlusion", "zoom", *TINY, "--repeats", 1, *more)[3]["runs"]["zoom"]
+    assert run["classifier"].endswith(f"fitted to {fitted} images")
+
+
 def test_what_is_not_finite_is_not_written(do, made, tmp_path):
     state = models.read_weights(str(made / "zoom"))
     state["model"]["blocks.3.mlp.fc2.weight"][0, 0] = math.inf
     (tmp_path / "burst").mkdir()
     torch.save(state, tmp_path / "burst" / "checkpoint.pt")
-    code, _, wrong, found = do("variance", tmp_path / "burst", *TINY)
-    assert code == 1 and "what was measured is not finite" in wrong and found is None
+    for name in ("variance", "occlusion"):                      # the largest of scores that are no numbers is the first class
+        code, _, wrong, found = do(name, tmp_path / "burst", *TINY)
+        assert code == 1 and "not finite" in wrong and found is None
 
 
 def test_a_run_is_measured_again_where_it_is_another_thing(do):
@@ -541,7 +597,7 @@ def test_files_of_weights_stand_beside_runs_of_another_architecture(do, tmp_path
 
 def test_maps_of_one_position_have_no_frequencies(do):
     code, said, _, found = do("fourier", "resnet", *TINY)       # 32 pixels: the last stage's maps are 1x1
-    assert code == 0 and "Left out, maps one position high: resnet 2 blocks" in said and found["runs"]["resnet"]["mean"][-1] == [0]
+    assert code == 0 and "Left out, maps one position high: resnet after depth 0.75" in said and found["runs"]["resnet"]["mean"][-1] == [0]
     mean, error = found["runs"]["resnet"]["mean"], found["runs"]["resnet"]["error"]
     assert f"Last block: resnet {mean[-3][-1]:.2f} ± {error[-3][-1]:.2f}" in said and mean[-3][-1] != 0     # the highest frequency of the last that has one
 
