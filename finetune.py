@@ -10,7 +10,7 @@ sections 5.2, A.1, Table A2.
 
 Labelled images are DIR/train/<class>/... and DIR/val/<class>/..., or a set by name. --weights takes a run of pretrain.py
 (model, sizes and data are then that run's; a ResNet's size on a folder is the recipe's), a file with timm's, MAE's or
-torchvision's names, or none; a classifier in it is left behind, but by --eval. The loop, data, processes, precision,
+torchvision's names, or none; only --eval uses a classifier in it. The loop, data, processes, precision,
 checkpoints and exit codes are pretrain.py's. A run leaves checkpoint.pt, log.jsonl, config.json, confusion.png and
 result.json, one line that is also printed last.
 """
@@ -59,9 +59,10 @@ def by_recipe(option):
 SAYS = dict(
     pretrain.DEVICE_SAYS, data="that of the run in --weights, or shapes", root="that of the run in --weights, or ./data",
     model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
-    img_size="that of the run in --weights (of a ResNet on a folder the recipe's, 160 or 224); else 224 or 32, for a ResNet 64",
+    img_size="that of the run in --weights, but for a ResNet on a folder the recipe's, 160 (rsb_a3) or 224 (rsb_a2); else 224, "
+             "or for the small sets 32, for a ResNet 64",
     patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
-    save_every="a twentieth of the run, but no more than measuring on val, which goes with it, should cost",
+    save_every="a twentieth of the run, or more, so that measuring on val, which goes with it, stays below a tenth of the work",
     out="runs/finetune-WEIGHTS-DATA[-LABELS][-DRAW][-SEED]",
     **{option: by_recipe(option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip", "crop")})
 SAME_RUN = ("weights", "labels", "draw", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size",
@@ -138,7 +139,7 @@ def class_loss(scores, targets, loss, smoothing):
 # ---------------------------------------------------------------------------------------------------
 
 def layer_scale(model, decay):
-    """name -> decay^(L + 1 - l), what a ViT parameter's learning rate is times: l = 0 for the embeddings, block l's own
+    """name -> decay^(L + 1 - l), the factor on a ViT parameter's learning rate: l = 0 for the embeddings, block l's own
     1 .. L, L + 1 for what comes after (BEiT, A2 A.1). 1 throughout for decay 1.
     """
     embeddings = ("cls_token", "pos_embed", "patch_embed")
@@ -172,9 +173,8 @@ class LAMB(torch.optim.Optimizer):
                     continue
                 state = self.state[w]
                 if not state:
-                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
-                state["step"] += 1
-                t = state["step"].item()
+                    state.update(step=0, exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
+                t = state["step"] = state["step"] + 1
                 m = state["exp_avg"].lerp_(w.grad, 1 - beta1)
                 v = state["exp_avg_sq"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
                 u = (m / (1 - beta1 ** t)).div_((v / (1 - beta2 ** t)).sqrt_().add_(group["eps"]))
@@ -264,17 +264,22 @@ def write_confusion(c, place, confusion, classes):
             pretrain.write_whole(os.path.join(c["out"], "confusion.png"), lambda file: picture.save(file, format="PNG"))
         except OSError as error:
             trouble = str(error)
-    if agree([float(bool(trouble))], place)[0]:
-        raise Failure(trouble)
+    pretrain.all_stop(trouble, place)
 
 
-def make_folder(c, place):
+def make_folder(c, place, same):
     """--out for a measurement, before the work and not after it. BadRequest for every process when it cannot be written to,
-    or holds a training run.
+    or holds a training run, or a measurement with other values of what `same` names.
     """
-    there = place.rank == 0 and os.path.exists(os.path.join(c["out"], "checkpoint.pt"))
-    if agree([float(there)], place)[0]:
-        raise BadRequest(f"{c['out']} holds a run with its own result: choose another --out" if there else "")
+    trouble, old = "", {}
+    if place.rank == 0 and os.path.exists(os.path.join(c["out"], "checkpoint.pt")):
+        trouble = f"{c['out']} holds a run with its own result: choose another --out"
+    elif place.rank == 0 and os.path.exists(os.path.join(c["out"], "result.json")):
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(c["out"], "config.json")) as file:
+            old = json.load(file)
+        other = next((name for name in same if old.get(name) != c[name]), None)
+        trouble = other and f"{c['out']} holds a result with {other} {old.get(other)}, not {c[other]}: choose another --out"
+    pretrain.all_stop(trouble, place, BadRequest)
     pretrain.open_folder(c, place)
 
 
@@ -287,9 +292,10 @@ def baseline(c, figures, settings):
             if other["weights"] == "none" and other["settings"] == settings:
                 out = os.path.join(os.path.dirname(c["out"]), os.path.basename(os.path.dirname(path)))
                 return dict(weights="none", out=out, **{k: other[k] for k in figures})
-    given = {k: c.get(k) for k in ("model", "data", "img_size", "test_size", "patch_size", "pool", "labels", "draw",
-                                    "seed")}
+    given = {k: c.get(k) for k in ("model", "data", "img_size", "patch_size", "pool", "labels", "draw", "seed")}
+    given["test_size"] = c["test_size"] or None                 # 0 follows from --img_size, and probe.py has no such option
     asked = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items() if v is not None)
+    asked += " --relative_positions" * c["relative_positions"]
     return dict(weights="none", missing=f"{c['script']}.py --weights none {asked}, and what else this command was given")
 
 
@@ -320,15 +326,16 @@ def weights_options(p):
     """What finetune.py, probe.py and analyze.py ask about an encoder."""
     p.set_defaults(data=None, root=None)                        # those of the run in --weights; None: not given
     p.add_argument("--pool", choices=("cls", "mean"), help="a ViT's features: the cls token (BM), or the mean of the others; "
-                   "default: that of the run in --weights, else mean with the small sets' recipe, cls with another")
+                   "default: that of the run, else mean with the small sets' recipe, cls with another")
     p.add_argument("--relative_positions", action="store_true", default=None,
-                   help="the ViT has a relative position bias; default: as the run in --weights")
+                   help="the ViT has a relative position bias; default: as the run's")
 
 
 def labels_options(p):
     """What finetune.py and probe.py ask about the labelled images."""
     p.add_argument("--labels", type=int, metavar="K", help="keep K labelled images a class; default: all")
-    p.add_argument("--draw", type=int, metavar="N", help="which K, so that other seeds get the same; default: N = --seed")
+    p.add_argument("--draw", type=int, metavar="N", help="which K images: the N-th random choice, whatever the seed; default: "
+                   "that of --seed")
 
 
 def options():
@@ -357,12 +364,9 @@ def options():
     return p
 
 
-MEASURED = ("recipe", "test_size", "test_crop")                 # what --eval takes from the run too
-
-
 def open_weights(args):
-    """--weights as a dict of what the file holds, or None; and args' model, sizes and data those of its run where they
-    were not given. state["config"] is a run's of ours, or {}. BadRequest when it cannot be read, unless a checkpoint in --out
+    """--weights as a dict of what the file holds, or None. It fills in args' model, sizes and data from its run where they
+    were not given; state["config"] is a run's of ours, or {}. BadRequest when it cannot be read, unless a checkpoint in --out
     is gone on with, which holds all weights.
     """
     state, config, measuring = None, {}, vars(args).get("eval")
@@ -380,7 +384,9 @@ def open_weights(args):
             ours = isinstance(config, dict) and config.get("model") in models.MODELS and isinstance(config.get("img_size"), list)
             config = config if ours else {}                     # others' files may hold anything there
             state = dict(state, config=config)
-    taken = ("data", "root", "model", "img_size", "patch_size", "relative_positions", "pool", *(MEASURED if measuring else ()))
+    taken = ["data", "root", "model", "img_size", "patch_size", "relative_positions", "pool"]
+    if measuring:                                               # as the run did; at the size that is asked for, if one is
+        taken += ["recipe", "test_crop", *([] if args.img_size else ["test_size"])]
     for name in taken:
         if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes") and not measuring:
             continue                                            # a ResNet takes any size: the recipe's (RSB A3 trains at 160)
@@ -447,17 +453,17 @@ def refuse_for_resnet(args):
 
 
 def choose_recipe(args, script):
-    """The command line with its recipe's values, as a dict, and the recipe. BadRequest for what does not go together."""
+    """The command line with its recipe's values, as a dict. BadRequest for what does not go together."""
     resnet = args.model in models.RESNETS
     name = args.recipe or ("small" if is_small(args.data) else "rsb_a3" if resnet else "deit")
     if name == "deit" and resnet or name.startswith("rsb") and not resnet:
         kind, other = ("ViT", "vit_base, or another ViT") if resnet else ("ResNet", "resnet50, or another ResNet")
         raise BadRequest(f"--recipe {name} is a {kind}'s: add --model {other}")
     refuse_for_resnet(args)
-    c, recipe = dict(vars(args), recipe=name, script=script), recipe_of(name, args.data, args.model)
+    c = dict(vars(args), recipe=name, script=script)
     if c["img_size"] and c["test_size"] is None:
         c["test_size"] = 0                                      # a size that was asked for is what is measured too
-    pretrain.settle(c, recipe)
+    pretrain.settle(c, recipe_of(name, args.data, args.model))
     if resnet:
         c["pool"] = None
     elif c["test_size"]:
@@ -465,12 +471,12 @@ def choose_recipe(args, script):
     if not 0 < c["test_crop"] <= 1:
         raise BadRequest(f"--test_crop {c['test_crop']} must be in (0, 1]")
     pretrain.not_negative(c, "test_size", "seed", "workers")
-    return c, recipe
+    return c
 
 
 def resolve(args, place, data, measured):
     """The command line and the recipe as one dict of JSON values; measured: images of val. BadRequest for what cannot be run."""
-    c, recipe = choose_recipe(args, "finetune")
+    c = choose_recipe(args, "finetune")
     if c["model"] in models.VITS and not 0 < c["layer_decay"] <= 1 or c["model"] in models.RESNETS and c["layer_decay"] != 1:
         raise BadRequest(f"--layer_decay {c['layer_decay']} must be in (0, 1], and is a ViT's")
     for option in ("drop_path", "smoothing"):
@@ -481,7 +487,7 @@ def resolve(args, place, data, measured):
     if not 0 <= c["rand_augment"][0] <= 10:
         raise BadRequest(f"--rand_augment {c['rand_augment'][0]}: the magnitude is from 0 to 10")
     pretrain.not_negative(c, "mixup", "cutmix")
-    pretrain.share_out(c, recipe, place, len(data), data.channels, folder_name("finetune", c))
+    pretrain.share_out(c, RECIPES[c["recipe"]], place, len(data), data.channels, folder_name("finetune", c))
     if args.save_every is None:                                 # measuring should stay below a tenth of the work
         c["save_every"] = max(math.ceil(c["total_steps"] / 20), math.ceil(5 * measured / c["batch_size"]))
     if (c["mixup"] or c["cutmix"]) and c["images_per_process"] % 2:
@@ -514,12 +520,6 @@ def optimizer_of(c, model):
     kind = LAMB if c["optimizer"] == "lamb" else functools.partial(torch.optim.AdamW, fused=True)
     groups = pretrain.parameter_groups(model, c["weight_decay"], layer_scale(model, c["layer_decay"]))
     return kind(groups, lr=c["actual_lr"], betas=tuple(c["betas"]))
-
-
-def augmentation(c):
-    """What a loader does to each image, or None."""
-    magnitude, deviation = c["rand_augment"]
-    return functools.partial(rand_augment, magnitude=magnitude, deviation=deviation) if magnitude else None
 
 
 def step_of(c, model, classes, device):
@@ -565,12 +565,15 @@ TRAINS = ("labels", "draw", "epochs", "steps", "batch_size", "accum", "lr", "wei
           "compile")
 
 
+MEASURED = ("weights", "model", "data", "img_size", "patch_size", "test_size", "test_crop", "pool")
+
+
 def measure_only(args, state, place):
     """--eval: measure the classifier in --weights on the val images of --data. Returns the exit code."""
     given = [name for name in TRAINS if getattr(args, name) is not None and getattr(args, name) is not False]
     if given:
         raise BadRequest(f"--{given[0]} does nothing with --eval, which only measures")
-    c, _ = choose_recipe(args, "eval")
+    c = choose_recipe(args, "eval")
     val, weights = pretrain.load_data(c, place, "val", labelled=True), {} if state is None else models.tensors(state)
     head, classes = "fc.weight" if c["model"] in models.RESNETS else "head.weight", len(val.classes)
     if head not in weights or len(weights[head]) != classes:
@@ -588,7 +591,7 @@ def measure_only(args, state, place):
     if loaded.missing:
         raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a "
                          f"{c['model']}: its scores would mean nothing")
-    make_folder(c, place)
+    make_folder(c, place, MEASURED)
     if place.rank == 0:
         print(loaded, f"{c['model']} from {c['weights']} on {c['data']}, {measured_line(c, len(val))}, "
               f"features: {c['pool'] or 'mean'}", pretrain.device_line(c, place), sep="\n", flush=True)
@@ -627,7 +630,7 @@ def run(args):
     def check(step):
         finite = all(x.isfinite().all() for x in model.state_dict().values())
         if agree([float(finite)], place)[0] < place.world and main:
-            return "the weights are not finite. Lower --lr or lengthen --warmup", {}
+            return "the weights are not finite. Begin again in another --out with a lower --lr or a longer --warmup", {}
         return "", {}
 
     def measure(step):
@@ -643,8 +646,10 @@ def run(args):
     missed = main and start not in known and (start == c["total_steps"] or start > 0 and start % c["save_every"] == 0)
     if agree([float(missed)], place)[0]:                        # stopped between saving and measuring
         measure(start)
+    magnitude, deviation = c["rand_augment"]
+    augment = functools.partial(rand_augment, magnitude=magnitude, deviation=deviation) if magnitude else None
     code = pretrain.train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure,
-                          augmentation(c))
+                          augment)
     if not code and not last:
         measure(start)
     if main and code:

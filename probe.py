@@ -179,8 +179,7 @@ def blocks_probe(model, data, val, train, test, c, place):
 
 
 SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
-            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED]",
-            workers=pretrain.DEVICE_SAYS["workers"])
+            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED]")
 COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out",
           "weights")
 
@@ -227,7 +226,7 @@ def run(args):
              device=str(place.device), out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
     model, loaded = finetune.load_model(c, state, place)
     model.eval().requires_grad_(False)
-    finetune.make_folder(c, place)
+    finetune.make_folder(c, place, ("weights", *SAME))
     print(loaded or "random weights", f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} "
           f"classes, {finetune.measured_line(c, len(val))}, features: {c['pool'] or 'mean'}",
           pretrain.device_line(c, place), sep="\n", flush=True)

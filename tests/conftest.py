@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
-import probe  # noqa: E402
 
 TINY = ("--model vit_micro --img_size 16 --patch_size 4 --batch_size 8 --workers 0 --save_every 2 --log_every 1 "
         "--amp off --steps 6").split()

@@ -53,7 +53,7 @@ def options():
     p.add_argument("--root", default="data", help="where the torchvision sets are kept; default: ./data")
     p.add_argument("--download", action="store_true", help="fetch the torchvision set")
     p.add_argument("--out", metavar="DIR", help="default: runs/table1-DATA")
-    p.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all, and none")
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="default: the papers' nine (decolor not of grey pictures), and none")
     p.add_argument("--seeds", type=int, default=3, help="pre-training seeds of mask, zoom_in_mask and none; default: 3")
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
     return p
@@ -201,7 +201,7 @@ class Work:
         found = result(out)
         with self.lock:
             self.running.pop(job, None)
-            if not found:
+            if not self.is_of(job, found):                      # of another length: the command was refused
                 said = Path(f"{out}.txt").read_text().strip().splitlines() or ["nothing"]
                 self.stop(f"{job.folder} ended with code {code}, and said last: {said[-1]} (all of it: {out}.txt)")
                 return False

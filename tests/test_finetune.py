@@ -3,8 +3,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +66,16 @@ def test_mixup_and_cutmix_targets_sum_to_one_and_are_the_pixels_shares(mixup, cu
         kinds.add("cut" if set(mixed.unique().tolist()) <= {0.0, 1.0} else "mix")
     assert kinds == ({"cut", "mix"} if mixup and cutmix else {"cut"} if cutmix else {"mix"})
     assert images.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("place, rows, columns", [((0.5, 0.5), (10, 30), (15, 45)), ((0, 1), (0, 10), (45, 60))])
+def test_a_box_of_cutmix_by_hand(place, rows, columns):
+    """CutMix: sides H sqrt(1 - share) and W sqrt(1 - share) around a place, cut off at the edge; the share is what is left."""
+    rng = SimpleNamespace(beta=lambda a, b: 0.75, random=lambda n: np.array(place))
+    images, box = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 40, 60), torch.zeros(40, 60)
+    box[slice(*rows), slice(*columns)] = 1
+    mixed, targets = finetune.mix(images, torch.eye(2), 0, 1.0, rng)
+    assert torch.equal(mixed[0, 0], box) and torch.equal(mixed[1, 0], 1 - box) and targets[0, 1].item() == pytest.approx(box.mean().item())
 
 
 def test_mixing_pairs_neighbours_however_the_batch_is_split():
@@ -238,15 +248,18 @@ class Fixed(torch.nn.Module):
     """Says class 0 for dark images, 1 for bright ones, 2 never."""
 
     def forward(self, images):
-        bright = images.mean((1, 2, 3)) > 0.5
+        assert not self.training
+        self.size, bright = images.shape[2:], images.mean((1, 2, 3)) > 0.5
         return torch.stack([~bright, bright, 0.5 * torch.ones_like(bright)], 1).float()
 
 
 def test_accuracy_and_confusion_by_hand():
+    """Of the central half, at --test_size, in eval(): a white frame would change what is dark."""
     images = torch.tensor([0, 0, 255, 255, 255], dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 4, 4)
-    data = pretrain.MemorySet(images, torch.tensor([0, 1, 1, 1, 2]), torch.device("cpu"), ["a", "b", "c"])
-    c = dict(img_size=[4, 4], test_size=0, test_crop=1.0, workers=0, amp="off")
-    found, confusion = finetune.evaluate(Fixed(), data, c, PLACE, pretrain.BadFiles(5, 1))
+    data = pretrain.MemorySet(F.pad(images, [2] * 4, value=255), torch.tensor([0, 1, 1, 1, 2]), torch.device("cpu"), ["a", "b", "c"])
+    c, model = dict(img_size=[4, 4], test_size=6, test_crop=0.5, workers=0, amp="off"), Fixed()
+    found, confusion = finetune.evaluate(model, data, c, PLACE, pretrain.BadFiles(5, 1))
+    assert model.size == (6, 6) and model.training
     assert found == dict(top1=60, top5=100, images=5)
     assert confusion.tolist() == [[1, 0, 0], [1, 2, 0], [0, 1, 0]]
 
@@ -309,7 +322,7 @@ def test_table_a2_vit():
     c = resolved()
     want = dict(recipe="deit", model="vit_base", img_size=[224, 224], epochs=100, optimizer="adamw", lr=2.5e-4, weight_decay=0.05, batch_size=1024,
                 smoothing=0.1, drop_path=0.1, clip=5, rand_augment=[9, 0.5], mixup=0.8, cutmix=1.0, loss="ce",
-                layer_decay=0.65, test_crop=0.875, pool="cls", test_size=0)
+                layer_decay=0.65, test_crop=0.875, pool="cls", test_size=0, crop=[0.08, 1.0], betas=[0.9, 0.999])
     assert {k: c[k] for k in want} == want
     assert c["save_every"] == math.ceil(c["total_steps"] / 20) > 5 * 50000 / 1024              # measuring is a tenth of the work at most
     assert resolved("--steps", "1000")["save_every"] == math.ceil(5 * 50000 / 1024)
@@ -474,6 +487,21 @@ def test_the_result_finds_its_baseline(of, tmp_path):
     assert "missing" in cropped["compared_with"]                # measured otherwise
 
 
+def test_the_way_to_a_probes_baseline_leads_there(of, tmp_path):
+    torch.save(models.encoder("vit_micro", 16, 4, relative_positions=True).state_dict(), tmp_path / "encoder.pt")
+    flags = ["--weights", tmp_path / "encoder.pt", "--relative_positions"]
+    way = result_of(of(probe, *flags, out=tmp_path / "a")[1])["compared_with"]["missing"].split(", and what else")[0].split()
+    assert way[0] == "probe.py" and of(probe, *way[1:], out=tmp_path / "none")[0] == 0
+    assert result_of(of(probe, *flags, out=tmp_path / "a")[1])["compared_with"]["out"] == str(tmp_path / "none")
+
+
+def test_a_measurement_is_not_overwritten_by_another(of, tmp_path):
+    """The same again may be, as after more pre-training."""
+    assert of(probe, "--weights", "none")[0] == of(probe, "--weights", "none")[0] == 0
+    code, _, complaint = of(probe, "--weights", "none", "--pool", "mean")
+    assert code == 2 and "holds a result with pool cls, not mean: choose another --out" in complaint
+
+
 def test_the_way_to_a_baseline_leads_there(of, tmp_path):
     """The command that a result names, and what else was given: the result is then compared with it."""
     more = ["--recipe", "rsb_a3", "--steps", 1, "--batch_size", 8]
@@ -493,6 +521,13 @@ def test_same_seed_same_run_and_accumulation_does_not_change_it(of, tmp_path):
     a, b, c, d = (gradients_of(tmp_path / name) for name in "abcd")
     assert torch.equal(a, b) and not torch.allclose(a, d, atol=1e-4)
     torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("less", ["--mixup 0 --cutmix 0", "--drop_path 0", "--rand_augment 0 0", "--smoothing 0"])
+def test_each_part_of_the_recipe_reaches_the_run(less, of, tmp_path):
+    for name, flags in (("with", []), ("without", less.split())):
+        assert of(finetune, *MIXED, "--steps", 1, *flags, out=tmp_path / name)[0] == 0
+    assert not torch.equal(gradients_of(tmp_path / "with"), gradients_of(tmp_path / "without"))
 
 
 def test_two_processes_equal_one(of, labelled, tmp_path):
@@ -518,7 +553,7 @@ def test_two_processes_fine_tune_a_resnet_as_one(of, labelled, tmp_path):
     assert one["images"] == two["images"] == 13
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
@@ -573,7 +608,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(of, tmp_path):
 
 def test_a_picture_that_cannot_be_written_stops_every_process(tmp_path, monkeypatch):
     (tmp_path / "confusion.png").mkdir()
-    monkeypatch.setattr(finetune, "agree", lambda values, place: [1.0])                        # what rank 0 has found
+    monkeypatch.setattr(pretrain, "agree", lambda values, place: [1.0])                        # what rank 0 has found
     for rank, says in ((0, "could not write"), (1, "")):
         with pytest.raises(pretrain.Failure) as failure:
             finetune.write_confusion(dict(out=str(tmp_path)), PLACE._replace(rank=rank, world=2), torch.eye(2), ["a", "b"])

@@ -36,15 +36,16 @@ def test_knn_by_hand():
     np.testing.assert_allclose(votes[0], [want[0], want[1] + want[2], 0], rtol=1e-5)
     assert probe.knn(train, labels, torch.tensor([[-1.0, -0.1]]), 3, k=1).argmax(1).item() == 0
     assert probe.knn(train, labels, torch.randn(5, 2), 3, k=20).shape == (5, 3)                # fewer than k to vote
+    assert probe.knn.__defaults__ == (20, 0.07)                 # the README's
 
 
 @pytest.mark.parametrize("resnet", [False, True])
 @pytest.mark.parametrize("n", [40, 3000])
 def test_linear_probe_of_separable_features_reaches_all(resnet, n):
-    """Three classes by the sign of a direction, beside larger coordinates that mean nothing."""
+    """Three classes, each shifted along its own axis, beside larger coordinates that mean nothing."""
     generator = pretrain.seeded(n)
     labels = torch.arange(n) % 3
-    features = 0.1 * torch.eye(3)[labels] * 20 + torch.rand(n, 3, generator=generator)
+    features = 2 * torch.eye(3)[labels] + torch.rand(n, 3, generator=generator)
     features = torch.cat([features, 3 * torch.randn(n, 2, generator=generator)], dim=1)
     head = probe.linear_probe(features, labels, 3, resnet)
     assert not head.training and (head(features).argmax(1) == labels).all()
@@ -113,14 +114,23 @@ def test_the_blocks_learn_and_leave_the_backbone_untouched(name, stored, monkeyp
     c = settings(model=name, img_size=[size, size], epochs=12 if name == "resnet18" else 6)
     data, val = bright(60), bright(30, seed=1)
     train, test = (probe.gather(model, of, c, PLACE, "", tokens=stored) for of in (data, val))
-    keys, draw = [], probe.seeded
+    keys, draw, asked, rate = [], probe.seeded, [], probe.learning_rate
+    monkeypatch.setattr(probe, "learning_rate", lambda *a: (asked.append(a), rate(*a))[1])
     monkeypatch.setattr(probe, "seeded", lambda *key: (keys.append(key), draw(*key))[1])
     scores, labels = probe.blocks_probe(model, data, val, train, test, c, PLACE)
+    assert list(dict.fromkeys(asked)) == [(step, 3 * c["epochs"], 3 * c["epochs"] // 10, 1e-3) for step in range(3 * c["epochs"])]
     assert keys == [(0, probe.BLOCKS, epoch) for epoch in range(c["epochs"])]                  # another order in each
     assert (scores.argmax(1) == labels).float().mean() > 0.9
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(grad or training for _, grad, training in calls)
     assert sum(n for n, _, _ in calls) == 90 + (0 if stored else 60 * c["epochs"] + 30)
+
+
+def test_features_are_of_the_central_part():
+    model, data = models.encoder("vit_micro", 16, 4).eval(), bright(6)
+    framed = pretrain.MemorySet(torch.nn.functional.pad(data.images, [8] * 4, value=255), data.labels, PLACE.device, data.classes)
+    whole, central = (probe.gather(model, of, settings(test_crop=crop), PLACE, "")[0] for of, crop in ((data, 1.0), (framed, 0.5)))
+    torch.testing.assert_close(whole, central)
 
 
 def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
@@ -130,11 +140,11 @@ def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
     assert code == 0, complaint
     assert sum(n for n, _ in seen) == 36 + 13 and not any(training for _, training in seen)
     seen.clear()
-    code, said, _ = of(probe, "--blocks", 2, "--epochs", 30)
+    code, said, _ = of(probe, "--blocks", 2, "--epochs", 30, out=tmp_path / "blocks")
     assert sum(n for n, _ in seen) == 36 + 13                   # tokens and features in one pass
     result = json.loads(said.strip().splitlines()[-1])
     assert code == 0 and result["knn"] == result["linear"] == 100 and result["nonlinear"] > 60 and result["images"] == 13 and result["weights"] == "none"
-    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    assert json.loads((tmp_path / "blocks/result.json").read_text()) == result
 
 
 def test_a_resnet_is_probed_by_mocos_protocol(of, monkeypatch):
@@ -163,7 +173,7 @@ def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path
     assert code == 0 and complaint.count("skipped") == 1 and "00.png" in complaint
     for i in range(4):
         (data / f"train/class0/more{i}.png").write_bytes(b"no picture")
-    code, _, complaint = of(probe, data=data)
+    code, _, complaint = of(probe, data=data, out=tmp_path / "other")
     assert code == 1 and "more than 1% of 186 images cannot be read" in complaint
 
 
