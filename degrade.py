@@ -80,7 +80,7 @@ def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, part=Non
     c = torch.arange(columns)[None, :] - left[:, None, None]                           # (B, 1, columns)
     h, w = height[:, None, None], width[:, None, None]
     seen = (r >= 0) & (r < h) & (c >= 0) & (c < w) & (c * h + r < visible)
-    seen = torch.where(u[:, 3, None, None] < 0.5, seen, seen.flip(1, 2))               # or one corner of the picture is never seen
+    seen = torch.where(u[:, 3, None, None] < 0.5, seen, seen.flip(1, 2))               # or one corner would never be seen
     return _patches(~seen.flatten(1), rows, columns, unit).to(device)
 
 

@@ -688,7 +688,8 @@ def load_weights(model, source):
         raise ValueError(f"none of the backbone is in these weights: they have {', '.join(list(state)[:4]) or 'no tensors'} ..., "
                          f"the model {', '.join(list(own)[:4])} ...")
     blocks = ("blocks.", "layer", *["decoder_blocks."] * ("decoder_embed.weight" in state))
-    missing = [n for n in own if n not in state and n.startswith(blocks) and "relative_position" not in n]
+    absent = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]      # files older than torch 0.4.1
+    missing = [n for n in absent if n.startswith(blocks) and "relative_position" not in n]
     over = [n for n in state if n not in own and n.startswith(blocks)]
     if missing or over:
         option = "--model and --relative_positions" if any("relative_position" in n for n in over) else \
@@ -696,7 +697,7 @@ def load_weights(model, source):
         raise ValueError(f"the blocks of these weights are not the model's: {len(missing)} missing ({', '.join(missing[:2])}), "
                          f"{len(over)} left over ({', '.join(over[:2])}): choose the {option} the weights were made with")
     model.load_state_dict(state, strict=False)
-    return Loaded(loaded, [n for n in own if n not in state], [n for n in state if n not in own] + unused, resized)
+    return Loaded(loaded, absent, [n for n in state if n not in own] + unused, resized)
 
 
 def export(state):

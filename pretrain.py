@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ RECIPES = {
        for data, epochs in (("shapes", 5), ("small", 3)) for paper in ("BM", "A2")},
 }
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
-SAME_RUN = ("task", "settings", "model", "token_at", "token_how", "relative_positions", "data", "images", "img_size",
+SAME_RUN = ("task", "model", "token_at", "token_how", "relative_positions", "data", "images", "img_size",
             "patch_size", "decoder", "total_steps", "warmup_steps", "batch_size", "lr", "weight_decay", "betas", "clip", "crop",
             "seed", "norm_target", "band_weight", "loss", "freq_weight", "freq_alpha", "freq_batch_mean")
 
@@ -329,13 +330,25 @@ def central_box(height, width, size, crop=1.0):
     return [max(1, round(side * short)) for side in size]
 
 
+def image_files(folder):
+    """The paths of all images below, sorted. Links are followed, into no folder twice; a run's own pictures are no data."""
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()                                          # of two ways into a folder the same one counts everywhere
+        if os.path.realpath(where) in seen or {"config.json", "log.jsonl"} <= set(names):
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        found += [os.path.join(where, name) for name in names if name.lower().endswith(IMAGE_FILES)]
+    return sorted(found)
+
+
 class FolderSet:
     """All images below a folder, nested or flat, read by loader processes. labelled: folder/<class>/..., else BadRequest."""
     channels = 3
 
     def __init__(self, folder, labelled=False):
-        found = sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
-                       for name in names if name.lower().endswith(IMAGE_FILES))
+        found = image_files(folder)
         self.labels = self.classes = None
         if labelled:
             of = [os.path.relpath(path, folder).split(os.sep) for path in found]
@@ -465,8 +478,7 @@ def load_data(config, place, split="train", labelled=False):
                 except (RuntimeError, OSError) as error:
                     trouble = (f"{name} is not in {config['root']} ({str(error).splitlines()[0]}): add --download, or --root "
                                "with the folder that holds it, for all machines")
-            if agree([float(bool(trouble))], place)[0]:
-                raise BadRequest(trouble)
+            all_stop(trouble, place, BadRequest)
         images = torch.as_tensor(made.data)
         images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
         labels = torch.as_tensor(made.labels if name == "stl10" else made.targets).long()
@@ -492,7 +504,9 @@ class Place(NamedTuple):
 
 
 def set_up(device="auto"):
-    """Join the processes torchrun started (or be the only one), divide the threads, choose the device -> Place."""
+    """Join the processes torchrun started (or be the only one), divide the cores as threads (in place
+    of OMP_NUM_THREADS), choose the device -> Place.
+    """
     rank, world, local, per_node = (int(os.environ.get(k, d)) for k, d in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if device == "auto":
@@ -547,7 +561,7 @@ def learning_rate(step, total, warmup, peak):
 
 
 def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
-    """No weight decay on biases, norms, tokens and positions. scale(name): what a parameter's learning rate is times."""
+    """No weight decay on biases, norms, tokens and positions. scale(name): the factor on its learning rate."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -566,19 +580,27 @@ def agree(values, place):
     return summed.tolist()
 
 
+def all_stop(trouble, place, kind=Failure):
+    """`kind` in every process if one of them has a trouble; those without say nothing. Every process calls it."""
+    if agree([float(bool(trouble))], place)[0]:
+        raise kind(trouble)
+
+
 class Signals:
     """SIGTERM and Ctrl-C are remembered, and answered at the end of the step. torchrun may send either twice, so
     only a second Ctrl-C, a second or more later, ends the process at once.
     """
 
-    def __init__(self):
-        self.received, self.when = 0, 0.0
+    def __init__(self, says):
+        self.received, self.when, self.says = 0, 0.0, says
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
         if self.received and number == signal.SIGINT and time.monotonic() > self.when + 1:
             raise KeyboardInterrupt
+        if not self.received and self.says:                     # not print, whose buffer may be in use just now
+            os.write(2, b"\nsaving at the end of this step; a second Ctrl-C leaves at once, without\n")
         self.received, self.when = int(number), time.monotonic()
 
 
@@ -651,7 +673,7 @@ def common_options(p, says, only=None):
 
 
 DEVICE_SAYS = dict(workers="1 on a CPU, up to 8 with a GPU", steps="by --epochs",
-                   accum="as few as keep one at 64 images or fewer (256 for the small sets)")
+                   accum="as few as keep each batch at 64 images or fewer (256 for the small sets)")
 SAYS = dict(
     **DEVICE_SAYS,
     model="vit_base for a folder, vit_micro for the small sets",
@@ -663,8 +685,8 @@ SAYS = dict(
     weight_decay="0.05",
     betas="0.9 0.95, for A2's tasks 0.9 0.999",
     clip="0, for A2's tasks on a ViT 5",
-    warmup="40 of 300 (A2's tasks 10), or a twentieth of a small run",
-    crop="0.2 1 (A2's tasks 0.67 1) or, for the small sets, 0.5 1",
+    warmup="the same share of any run: 40 of 300 (A2's tasks 10 of 300, ViT-B of 800), a twentieth of a small one",
+    crop="0.67 1 for A2's tasks; for BM's 0.2 1, or 0.5 1 for the small sets",
     save_every="a twentieth of the run, at least 50; with a picture",
     out="that of --resume PATH, or runs/TASK-MODEL-DATA")
 
@@ -798,7 +820,7 @@ def share_out(c, recipe, place, length, channels, name):
     c["save_every"] = c["save_every"] or max(50, c["total_steps"] // 20)
     c["workers"] = loaders(c["workers"], place)
     if c["out"] is None and c["resume"] not in (None, "auto"):
-        c["out"] = os.path.dirname(os.path.abspath(c["resume"]))
+        c["out"] = os.path.dirname(os.path.abspath(going_on(c)))
     c["out"] = c["out"] or os.path.join("runs", name)
     c.update(images=length, channels=channels, processes=world, device=str(place.device), amp=precision(c["amp"], place.device))
 
@@ -881,7 +903,7 @@ def commit():
 
 def hardware():
     """What this process computes on, in words."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():                             # by set_up, unless --device cpu
         return torch.cuda.get_device_name()
     return f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -973,7 +995,8 @@ class BadFiles:
         lists = [list(self.why)] * place.world
         if place.world > 1:
             dist.all_gather_object(lists, list(self.why))
-        return ", ".join(sorted({path for paths in lists for path in paths}))
+        files = sorted({path for paths in lists for path in paths})
+        return ", ".join(files[:20]) + (f" and {len(files) - 20} more, named above" if len(files) > 20 else "")
 
 
 def train(c, place, data, model, optimizer, scaler, start, progress, log, prepare, loss_of, check, measure=None, augment=None):
@@ -987,13 +1010,14 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
     if c["compile"]:
         model.compile()
     if place.world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        net = torch.nn.parallel.DistributedDataParallel(       # running statistics are the same everywhere already
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
     apart = getattr(net, "no_sync", contextlib.nullcontext)
     k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]
     views = data.batches(range(start, total), B, parts, tuple(c["view"]), c["crop"], c["seed"], device=device,
                          workers=c["workers"], augment=augment)
-    signals, bad_files, leaving = Signals(), BadFiles(len(data), B), False
+    signals, bad_files, leaving = Signals(place.rank == 0), BadFiles(len(data), B), False
     since, waited, timed, speed = time.perf_counter(), 0.0, 0, 0.0
     bar = tqdm(total=total, initial=start, unit="step", disable=place.rank > 0, mininterval=1, dynamic_ncols=True)
 
@@ -1008,8 +1032,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
                 clock = time.perf_counter()
                 view, labels, unread = next(views)
                 bad += bad_files.meet(unread)
-                prepared = prepare(view, labels, step, (part[0], B))
                 waited += time.perf_counter() - clock
+                prepared = prepare(view, labels, step, (part[0], B))
                 with contextlib.nullcontext() if a == c["accum"] - 1 else apart():
                     part_loss = loss_of(net, prepared) / c["accum"]
                     scaler.scale(part_loss).backward()
@@ -1018,7 +1042,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
             loss, told, bad = agree([float(loss) / place.world, signals.received, bad], place)
             if not math.isfinite(loss):
                 raise Failure("" if place.rank else f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was "
-                              "saved since the last checkpoint. Lower --lr, lengthen --warmup, or try --amp off; then --resume")
+                              "saved since the last checkpoint. --resume with --amp off, or begin again in another --out with a "
+                              "lower --lr or a longer --warmup")
             if c["clip"]:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
@@ -1042,8 +1067,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
                 count, progress["bad"] = progress["bad"], 0 if too_many else progress["bad"]       # mended files start anew
                 trouble, pictures = check(step + 1)
                 trouble = trouble or log.trouble or save(step + 1, c, place, model, optimizer, scaler, progress, pictures)
-                if agree([float(bool(trouble))], place)[0]:
-                    raise Failure(trouble and f"step {step + 1}: {trouble}; the last checkpoint is intact")
+                all_stop(trouble and f"step {step + 1}: {trouble}; the last checkpoint is intact", place)
             if too_many:
                 files = bad_files.listed(place)
                 raise Failure("" if place.rank else f"{count} reads of {len(data)} images failed in this epoch, more than 1%: "
@@ -1059,7 +1083,8 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
 def going_on(c):
     """The path of the checkpoint that --resume goes on from, or None."""
     if c["resume"] != "auto":
-        return c["resume"]
+        folder = c["resume"] is not None and os.path.isdir(c["resume"])
+        return os.path.join(c["resume"], "checkpoint.pt") if folder else c["resume"]
     last = os.path.join(c["out"] or "nowhere", "checkpoint.pt")
     return last if os.path.exists(last) else None
 
@@ -1077,9 +1102,10 @@ def begin(c, place, model, optimizer, scaler, same_run):
     if there and not (path and os.path.abspath(path) == os.path.abspath(last)):
         raise BadRequest(f"{c['out']} already holds a run: --resume goes on with it, another --out keeps it, or delete it")
     if state:
-        for name in same_run:
-            if state["config"].get(name) != c[name]:
-                raise BadRequest(f"{path} was made with {name} {state['config'].get(name)}, this command asks for {c[name]}: "
+        old, new = ({**x, **x.get("settings", {})} for x in (state["config"], c))
+        for name in (*same_run, *c.get("settings", {})):
+            if old.get(name) != new[name]:
+                raise BadRequest(f"{path} was made with {name} {old.get(name)}, this command asks for {new[name]}: "
                                  "give the same, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1101,10 +1127,9 @@ def open_folder(c, place, more=lambda: None):
             config = json.dumps({**c, **provenance()}, indent=1)
             write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
             made = more()
-        except OSError as error:
+        except (OSError, ValueError) as error:                  # ValueError: a damaged log.jsonl
             trouble = f"--out {c['out']} cannot be written to: {error}"
-    if agree([float(bool(trouble))], place)[0]:
-        raise BadRequest(trouble)
+    all_stop(trouble, place, BadRequest)
     return made
 
 
@@ -1186,7 +1211,8 @@ def run(args):
         except Failure as error:
             return str(error), {}
         if picture is None:
-            return "the model's prediction is not finite. Lower --lr or lengthen --warmup", {}
+            return ("the model's prediction is not finite. --resume with --amp off, or begin again in another --out with a lower "
+                    "--lr or a longer --warmup"), {}
         return "", {f"recovered_{step:07d}.png": picture}
 
     code = train(c, place, data, model, optimizer, scaler, start, progress, log, damage, loss_of, check)
@@ -1204,9 +1230,10 @@ def summary(folder):
     with open(os.path.join(folder, "log.jsonl")) as file:
         curve = [json.loads(line)["loss"] for line in file]
     tenths = [np.mean(part) for part in np.array_split(curve, min(10, len(curve)))] if curve else []
-    pictures = sorted(name for name in os.listdir(folder) if name.startswith("recovered_"))[-1:]
-    files = ", ".join([f"{folder}/checkpoint.pt", "log.jsonl", "config.json", *pictures])
-    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {files}"
+    there = sorted(os.listdir(folder))                          # no checkpoint, where a finished run was gone on with elsewhere
+    pictures = [name for name in there if name.startswith("recovered_")][-1:]
+    files = ", ".join(name for name in ("checkpoint.pt", "log.jsonl", "config.json", *pictures) if name in there)
+    return f"loss {' '.join(f'{x:.3f}' for x in tenths)}\ndone: {folder}/{files}"
 
 
 def command(run, options, argv=None):
@@ -1222,6 +1249,10 @@ def command(run, options, argv=None):
         if first:
             print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
         return 130                                              # at once: the others may not be there to say goodbye to
+    except Exception as error:                                  # its frames would keep loaders alive, which ignore SIGTERM:
+        sys.excepthook(*sys.exc_info())                         # Python's exit would wait for them for ever
+        traceback.clear_frames(error.__traceback__)
+        return 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,33 @@ def test_a_batch_does_not_depend_on_how_it_is_split(kind, folder):
     assert torch.equal(views([(0, 12)], range(1, 2)), whole[12:])
     if kind == "folder":
         assert torch.equal(views([(0, 12)], workers=2), whole)
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_a_view_is_a_random_part_of_its_image_turned_round_half_of_the_time(kind, tmp_path):
+    """Red is a pixel's column, green its row: a view tells which part it shows, how large, and which way round."""
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    image = torch.stack([5 * x, 5 * y, 0 * x]).to(torch.uint8)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    data = P.FolderSet(str(tmp_path)) if kind == "folder" else P.MemorySet(image[None], None, torch.device("cpu"))
+    views = torch.cat([v for v, _, _ in data.batches(range(4), 100, [(0, 100)], (24, 24), (0.2, 0.8), 0, device=torch.device("cpu"), workers=0)])
+    red, green = views[:, 0] * 51, views[:, 1] * 51                                    # in pixels of the image
+    width, height = (red[:, 12, 20] - red[:, 12, 4]) * 1.5, (green[:, 20, 12] - green[:, 4, 12]) * 1.5
+    share, column, row = width.abs() * height / 48 ** 2, red[:, 12, 12], green[:, 12, 12]
+    assert 0.4 < (width < 0).float().mean() < 0.6 and (height > 0).all()
+    assert share.min() == pytest.approx(0.2, abs=0.03) and share.max() == pytest.approx(0.8, abs=0.03)
+    assert column.min() < 16 and column.max() > 32 and row.min() < 16 and row.max() > 32
+
+
+def test_a_folder_is_walked_once_and_without_the_pictures_of_runs(folder, tmp_path):
+    """Links that lead round in circles, and a run of this project among the images."""
+    shutil.copytree(folder, tmp_path / "a")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "a/here").symlink_to(".")
+    (tmp_path / "runs/x").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl", "recovered.png"):
+        (tmp_path / "runs/x" / name).write_bytes(b"")
+    assert len(P.FolderSet(str(tmp_path))) == 24
 
 
 # images of every kind --------------------------------------------------------------------------------------
@@ -159,11 +187,13 @@ def test_a_small_run_leaves_all_it_should(run, tmp_path):
     assert [line["step"] for line in log] == [2, 4, 6] and {"step", "epoch", "loss", "lr", "images_per_s"} <= set(log[0])
     assert log[-1]["epoch"] == pytest.approx(6 * 8 / 24) and log[-1]["loss"] < log[0]["loss"]
     config = json.load(open(out / "config.json"))
+    assert [line["lr"] for line in log] == [P.learning_rate(s, 6, config["warmup_steps"], config["actual_lr"]) for s in (1, 3, 5)]
     assert config["actual_lr"] == pytest.approx(0.003 * 8 / 256) and config["view"] == [22, 22] and config["settings"]["mask_ratio"] == 0.75
     assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.jsonl", *(f"recovered_{s:07d}.png" for s in (2, 4, 6))]
     assert Image.open(out / "recovered_0000006.png").width > 300
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6 and state["config"]["task"] == "zoom_in_mask"
+    assert all(group["lr"] == log[-1]["lr"] for group in state["optimizer"]["param_groups"])
     M = models.encoder("vit_micro", 16, 4)
     assert not models.load_weights(M, out / "checkpoint.pt").missing
     assert run("--task", "zoom_in_mask", "--weights", out / "checkpoint.pt", "--steps", 1, out=tmp_path / "b")[0] == 0
@@ -272,10 +302,11 @@ def test_every_ablation_of_fig_6_and_table_5(task, flags, says, run, tmp_path):
     assert says.items() <= {**config, **config["settings"]}.items()
 
 
-def test_clipping_bounds_the_gradient(run, tmp_path):
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_clipping_bounds_the_gradient(amp, run, tmp_path):
     """--clip: the norm over all parameters; AdamW's first running mean is (1 - beta1) times what it was given."""
     for name, flags in (("clipped", ["--clip", 0.01]), ("whole", [])):
-        assert run(*flags, "--steps", 1, out=tmp_path / name)[0] == 0
+        assert run(*flags, "--amp", amp, "--steps", 1, out=tmp_path / name)[0] == 0
     clipped, whole = (gradients_of(tmp_path / name) / 0.1 for name in ("clipped", "whole"))
     assert clipped.norm() == pytest.approx(0.01, rel=1e-3) and whole.norm() > 0.02
     assert torch.allclose(clipped / clipped.norm(), whole / whole.norm(), atol=1e-4)
@@ -488,6 +519,9 @@ def test_a_run_is_not_overwritten_unasked(run, tmp_path):
     assert code == 2 and "already holds a run" in complaint and "--resume" in complaint
     code, said, _ = run("--steps", 2, "--resume", "--decoder", "2x64x2", "--mask_ratio", 0.75)          # said or by default: the same
     assert code == 0 and len(log_of(tmp_path / "run")) == 2     # done already: nothing is done twice
+    assert run("--steps", 2, "--resume", tmp_path / "run")[0] == 0                             # a run by its folder
+    code, _, complaint = run("--steps", 2, "--resume", "--mask_ratio", 0.5)
+    assert code == 2 and "was made with mask_ratio 0.75, this command asks for 0.5" in complaint
 
 
 def orphans(mark):
@@ -520,10 +554,11 @@ def test_sigterm_and_ctrl_c_save_and_leave(number, processes, run, folder, tmp_p
     assert job.returncode == 128 + number if processes == 1 else job.returncode != 0
     time.sleep(0.5)
     assert orphans(str(out)) == []
-    if processes == 1:
-        assert "Traceback" not in said
-        assert run(*flags, "--resume")[0] == 0 and run(*flags, out=tmp_path / "whole")[0] == 0
-        assert losses_of(tmp_path / "whole") == losses_of(out)
+    assert processes > 1 or "Traceback" not in said
+    said, _ = script(*TINY, *flags, "--resume", "--data", folder, "--out", out, processes=processes).communicate(timeout=90)
+    assert f"from step {step}" in said and run(*flags, out=tmp_path / "whole")[0] == 0
+    whole, parts = losses_of(tmp_path / "whole"), losses_of(out)
+    assert whole.keys() == parts.keys() and list(whole.values()) == pytest.approx(list(parts.values()), rel=0 if processes == 1 else 1e-3)
 
 
 # faults ----------------------------------------------------------------------------------------------------
@@ -639,6 +674,15 @@ def test_precision_may_change_on_resuming(run, tmp_path):
         assert code == 0 and "from step 2" in said, complaint
 
 
+def test_the_scaler_goes_on_where_it_was(run, tmp_path):
+    """Of fp16: what it has learned of the gradients' size, here how many steps went well at this scale."""
+    counted = lambda: torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"]["_growth_tracker"]
+    assert run("--steps", 4, "--amp", "fp16")[0] == 0 and counted() == 4
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    torch.save({**state, "step": 2}, tmp_path / "run/checkpoint.pt")
+    assert run("--steps", 4, "--amp", "fp16", "--resume")[0] == 0 and counted() == 4 + 2
+
+
 def test_the_message_reaches_a_user_of_the_real_script(tmp_path):
     job = script("--task", "sharpen", "--out", tmp_path / "x")
     said, _ = job.communicate(timeout=60)
@@ -716,12 +760,24 @@ def test_a_log_that_cannot_be_written_is_said(run, tmp_path):
     assert "could not write /dev/full" in log.trouble           # the next save says it, on every process
 
 
-def test_a_full_disk_stops_both_processes(folder, tmp_path):
-    """What rank 0 cannot write, rank 1 hears of: one message, no traceback of ours, no process left waiting."""
+@pytest.mark.parametrize("full", ["out", "log"])
+def test_a_full_disk_stops_both_processes(full, folder, tmp_path):
+    """What rank 0 cannot write, at the start or at a checkpoint, rank 1 hears of: one message, no traceback of ours."""
     (tmp_path / "file").write_text("")
-    job = script(*TINY, "--data", folder, "--out", tmp_path / "file/run", processes=2)
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/log.jsonl").symlink_to("/dev/full")
+    job = script(*TINY, "--data", folder, "--out", tmp_path / ("file/run" if full == "out" else "log"), processes=2)
     said, _ = job.communicate(timeout=90)
-    assert job.returncode != 0 and said.count("cannot be written to") == 1 and "[rank1]" not in said and "exitcode  : 2" in said
+    assert job.returncode != 0 and said.count("cannot be written to" if full == "out" else "could not write") == 1
+    assert "[rank" not in said and f"exitcode  : {2 if full == 'out' else 1}" in said
+
+
+def test_an_exception_nobody_foresaw_ends_the_run(folder, tmp_path):
+    """Shown, exit code 1, and no process left: the loaders, which ignore the SIGTERM of Python's exit, go first."""
+    wrong = "import pretrain\ndef wrong(*_): raise ValueError('a mistake in an edited line')\npretrain.shrink = wrong"
+    job = script(*TINY, "--workers", 2, "--data", folder, "--out", tmp_path / "run", preamble=wrong)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 1 and "a mistake in an edited line" in said and orphans(str(tmp_path / "run")) == []
 
 
 @pytest.mark.slow
