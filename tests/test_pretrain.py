@@ -525,8 +525,8 @@ def test_sigterm_and_ctrl_c_save_and_leave(number, processes, run, folder, tmp_p
     time.sleep(0.5)
     assert orphans(str(out)) == []
     assert processes > 1 or "Traceback" not in said
-    said, _ = script(*TINY, *flags, "--resume", "--data", folder, "--out", out, processes=processes).communicate(timeout=90)
-    assert f"from step {step}" in said and run(*flags, out=tmp_path / "whole")[0] == 0
+    codes, said = together("pretrain", *TINY, *flags, "--workers", 0, "--resume", "--data", folder, "--out", out, processes=processes)
+    assert codes == [0] * processes and f"from step {step}" in said and run(*flags, out=tmp_path / "whole")[0] == 0
     whole, parts = losses_of(tmp_path / "whole"), losses_of(out)
     assert whole.keys() == parts.keys() and list(whole.values()) == pytest.approx(list(parts.values()), rel=0 if processes == 1 else 1e-3)
 
@@ -736,10 +736,9 @@ def test_a_full_disk_stops_both_processes(full, folder, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "log").mkdir()
     (tmp_path / "log/log.jsonl").symlink_to("/dev/full")
-    job = script(*TINY, "--data", folder, "--out", tmp_path / ("file/run" if full == "out" else "log"), processes=2)
-    said, _ = job.communicate(timeout=90)
-    assert job.returncode != 0 and said.count("cannot be written to" if full == "out" else "could not write") == 1
-    assert "[rank" not in said and f"exitcode  : {2 if full == 'out' else 1}" in said
+    codes, said = together("pretrain", *TINY, "--data", folder, "--out", tmp_path / ("file/run" if full == "out" else "log"))
+    assert codes == ([2, 2] if full == "out" else [1, 1]) and "Traceback" not in said
+    assert said.count("cannot be written to" if full == "out" else "could not write") == 1
 
 
 def test_an_exception_nobody_foresaw_ends_the_run(folder, tmp_path):
