@@ -411,6 +411,36 @@ torch.save(dict(norm.state_dict(), low=low.detach(), y=y.detach(), x=x.grad, wei
         assert torch.allclose(a[name], value, rtol=1e-5) and torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """DDP over Gloo, in float64: gradients of two processes of batch 2 equal those of one of 4, to rounding."""
+    code = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, %r)
+import degrade, losses, models, pretrain
+place = pretrain.set_up("cpu")
+torch.manual_seed(0)
+model = models.recovery_model("vit_micro", 16, 4).double()
+net = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
+view = torch.rand(4, 3, 22, 22, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+k = 4 // place.world
+part = (place.rank * k, 4)
+d = degrade.degrade(view[part[0]:part[0] + k], "zoom_in_mask", 16, 4, pretrain.seeded(0), part)
+loss = losses.recovery_loss(net(d.inputs, d.hidden), model.normalize(d.target), (16, 16), 4, d.counted)
+loss.backward()
+if place.rank == 0:
+    torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sys.argv[1])
+""" % str(ROOT)
+    (tmp_path / "g.py").write_text(code)
+    subprocess.run([sys.executable, str(tmp_path / "g.py"), str(tmp_path / "one.pt")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "g.py"), str(tmp_path / "two.pt")],
+                   check=True, timeout=120, capture_output=True)
+    one, two = (torch.load(tmp_path / f, weights_only=True) for f in ("one.pt", "two.pt"))
+    assert one.keys() == two.keys() and len(one) > 50
+    for name in one:                                            # the loss is float32: rounding of that
+        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
+
+
 @pytest.mark.parametrize("task", [["--task", "zoom_in_mask"], [*A2MIM, *RESNET]], ids=["vit", "resnet"])
 def test_lower_precision_has_nearly_the_same_curve(task, run, tmp_path):
     for name in ("off", "bf16", "fp16"):
