@@ -266,10 +266,7 @@ class Results:
         except Stopped:
             self.save()
             raise
-        found = [part for part in parts if part is not None]
-        if not found:
-            raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
-        return found
+        return some([part for part in parts if part is not None], run)
 
 
 class Run(NamedTuple):
@@ -331,14 +328,18 @@ def choose_images(data, count, seed):
     return torch.randperm(len(data), generator=seeded(seed, CHOSEN))[:count].sort().values
 
 
+def some(found, run):
+    """`found`, of the images of a run. Failure when it is empty."""
+    if not found:
+        raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
+    return found
+
+
 def mean_colour(data, run, seed, place):
     """The mean of each channel over 1,000 images of the set, all if there are fewer: (C,)."""
     rows = choose_images(data, 1000, seed)
     parts = data.plain(rows, 250, run.c["img_size"], run.c["test_crop"], device=place.device, workers=run.c["workers"])
-    colours = [views.mean((2, 3)) for views, _, _ in parts if views is not None]
-    if not colours:
-        raise pretrain.Failure(f"not one image of {run.c['data']} can be read")
-    return torch.cat(colours).mean(0)
+    return torch.cat(some([views.mean((2, 3)) for views, _, _ in parts if views is not None], run)).mean(0)
 
 
 FIT = 10000                                                     # images a linear layer is fitted to, where the run has none
@@ -366,6 +367,7 @@ def classifier(run, val, args, place):
 
 
 def scored(model, c, place):
+    """images -> the model's scores, float32, computed in --amp's precision. Failure when they are not finite."""
     def classify(images):
         with torch.autocast(place.device.type, *AUTOCAST[c["amp"]]):
             scores = model(images).float()

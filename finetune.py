@@ -563,8 +563,6 @@ def recipe_line(c):
 TRAINS = ("labels", "draw", "epochs", "steps", "batch_size", "accum", "lr", "weight_decay", "betas", "clip", "warmup", "crop",
           "resume", "save_every", "optimizer", "layer_decay", "drop_path", "loss", "smoothing", "rand_augment", "mixup", "cutmix",
           "compile")
-
-
 MEASURED = ("weights", "model", "data", "img_size", "patch_size", "test_size", "test_crop", "pool")
 
 

@@ -14,6 +14,7 @@ B batch, C channels, H x W pixels, p patch size, N = (H/p)(W/p) patches, D width
 hidden (B, N) bool: True = the encoder does not see this patch.
 """
 import argparse
+import math
 import os
 from typing import NamedTuple
 
@@ -509,9 +510,11 @@ class TokenResNet(MaskTokenMixin, ResNet):
 
     def downsample(self, z, hidden):
         """D: each position's hidden share, (B, 1, h, w). 0 or 1 where a position is no larger than a mask cell."""
-        p = self.patch_size
-        pixels = hidden.view(-1, 1, *self.grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
-        return F.adaptive_avg_pool2d(pixels.float(), z.shape[2:]).to(z.dtype)
+        mask, shrink = hidden.view(-1, 1, *self.grid), []
+        for dim, n in ((2, z.shape[2]), (3, z.shape[3])):                              # up to a common multiple, then averaged
+            common = math.lcm(n, mask.shape[dim])
+            mask, shrink = mask.repeat_interleave(common // mask.shape[dim], dim), shrink + [common // n]
+        return F.avg_pool2d(mask.float(), shrink).to(z.dtype)
 
     def predict(self, z):
         B, C, p = z.shape[0], self.channels, self.patch_size

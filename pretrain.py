@@ -335,10 +335,11 @@ def image_files(folder):
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         folders.sort()                                          # of two ways into a folder the same one counts everywhere
-        if os.path.realpath(where) in seen or {"config.json", "log.jsonl"} <= set(names):
+        real = os.path.realpath(where)
+        if real in seen or {"config.json", "log.jsonl"} <= set(names):
             folders.clear()
             continue
-        seen.add(os.path.realpath(where))
+        seen.add(real)
         found += [os.path.join(where, name) for name in names if name.lower().endswith(IMAGE_FILES)]
     return sorted(found)
 

@@ -111,7 +111,7 @@ FORKS.set_forkserver_preload(["torch", "torchvision"])
 
 def together(name, *argv, processes=2):
     """The command of a script in processes that find each other as torchrun's do -> (exit codes, what they said). They are forked
-    from one that has imported torch, which takes seconds each time; torchrun itself starts test_readme's and the faults'.
+    from one that has imported torch, which takes seconds each time; torchrun itself starts README's commands, and those that are sent signals.
     """
     with tempfile.NamedTemporaryFile("r") as said:
         place = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
