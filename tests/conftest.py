@@ -1,4 +1,5 @@
 """What the tests share: the real scripts run small, in this process or in others, and a folder of images."""
+import functools
 import importlib
 import json
 import multiprocessing
@@ -35,6 +36,12 @@ def same_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch):
+    """Nothing waits for the disk: what a test kills has given its files to the system."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="session")
@@ -86,16 +93,15 @@ def run(folder, tmp_path, capfd):
     return go
 
 
-def script(*argv, processes=1, preamble="", name="pretrain.py", **popen):
-    """Start pretrain.py, or another script, as a user would, in other processes; `preamble` is Python that runs before it."""
+def script(*argv, processes=1, preamble="", **popen):
+    """Start pretrain.py as a user would, by python or torchrun; `preamble` is Python that runs before it."""
     if preamble:
-        code = f"{preamble}\nimport sys, pretrain\nsys.exit(pretrain.command(pretrain.run, pretrain.options, sys.argv[1:]))"
-        start = [sys.executable, "-c", code]
+        start = ["-c", f"{preamble}\nimport sys, pretrain\nsys.exit(pretrain.command(pretrain.run, pretrain.options))"]
     elif processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", name]
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "pretrain.py"]
     else:
-        start = [sys.executable, name]
-    return subprocess.Popen([*start, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start = ["pretrain.py"]
+    return subprocess.Popen([sys.executable, *start, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, **popen)
 
 
@@ -109,27 +115,46 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision"])
 
 
-def together(name, *argv, processes=2):
-    """The command of a script in processes that find each other as torchrun's do -> (exit codes, what they said). They are forked
-    from one that has imported torch, which takes seconds each time; torchrun itself starts README's commands, and those that are sent signals.
+def forked(function, *args, processes=1):
+    """function(*args) in processes of its own, forked from one that has imported torch, which takes seconds each time; more
+    than one find each other as torchrun's do. -> (processes, the open file of what they say), for `ended`.
     """
-    with tempfile.NamedTemporaryFile("r") as said:
+    said, place = tempfile.NamedTemporaryFile("r"), {}
+    if processes > 1:
         place = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-        jobs = [FORKS.Process(target=_rank, args=(name, list(map(str, argv)), dict(place, RANK=rank, LOCAL_RANK=rank), said.name), daemon=True)
-                for rank in range(processes)]
-        for job in jobs:
-            job.start()
-        for job in jobs:
-            job.join(200)
-        return [job.exitcode for job in jobs], said.read()
+    ranks = [dict(place, RANK=rank, LOCAL_RANK=rank) if place else {} for rank in range(processes)]
+    jobs = [FORKS.Process(target=_process, args=(function, args, rank, said.name), daemon=True) for rank in ranks]
+    for job in jobs:
+        job.start()
+    return jobs, said
 
 
-def _rank(name, argv, place, said):
+def _process(function, args, place, said):
     file = open(said, "a", buffering=1)
     os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     os.environ.update({k: str(v) for k, v in place.items()})
+    sys.exit(function(*args))
+
+
+def ended(jobs, said):
+    """(exit codes, what they said) of what `forked` started."""
+    for job in jobs:
+        job.join(200)
+    return [job.exitcode for job in jobs], said.read()
+
+
+def command(name, *argv, preamble=""):
+    """The command of a script, for `forked`; `preamble` is Python that runs before it."""
+    exec(preamble, {})
     sys.argv[0], module = f"{name}.py", importlib.import_module(name)
-    sys.exit(pretrain.command(module.run, module.options, argv))
+    return pretrain.command(module.run, module.options, list(map(str, argv)))
+
+
+def together(name, *argv, processes=2, preamble=""):
+    """The command of a script in forked processes, to its end -> (exit codes, what they said). torchrun itself starts README's
+    commands, and those that are sent signals.
+    """
+    return ended(*forked(functools.partial(command, preamble=preamble), name, *argv, processes=processes))
 
 
 def log_of(out):

@@ -1,10 +1,10 @@
 """The analyses by their definitions, and the real commands on small runs: BM Fig. 2, 3, 5; A2 sections 3.1 to 3.3, appendix B."""
+import functools
 import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 
@@ -18,6 +18,7 @@ import finetune
 import losses
 import models
 import pretrain
+from conftest import command, ended, forked
 
 PLACE = pretrain.Place(0, 1, torch.device("cpu"))
 
@@ -434,18 +435,13 @@ def test_stopped_and_resumed_equals_never_stopping(made, tmp_path, do, monkeypat
     argv = ["--pairs", 4, "--contexts", 3, "--workers", 0]
     code, _, _, whole = do("interaction", "tuned", *argv, out=tmp_path / "whole")
     assert code == 0
-    slow = f"import sys; sys.path.insert(0, {str(analyze.os.path.dirname(analyze.__file__))!r}); import analyze, pretrain, time\nold = analyze.interactions\n" \
-           "def interactions(*a):\n    print('at work', flush=True); time.sleep(.3); return old(*a)\nanalyze.interactions = interactions\n" \
-           "sys.exit(pretrain.command(analyze.run, analyze.options, sys.argv[1:]))"
-    import subprocess
-    command, at_work = [sys.executable, "-c", slow, "interaction", made / "tuned", *argv, "--out", tmp_path / "part"], 0
-    job = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
-    for line in job.stdout:
-        at_work += "at work" in line
-        if at_work == 3:                                        # the first two images are done
-            break
-    job.send_signal(signal.SIGTERM)
-    assert job.wait() == 143
+    slow = ("import analyze, time\nold = analyze.interactions\n"
+            "def interactions(*a):\n    print('at work', flush=True); time.sleep(.3); return old(*a)\nanalyze.interactions = interactions")
+    jobs, said = forked(functools.partial(command, preamble=slow), "analyze", "interaction", made / "tuned", *argv, "--out", tmp_path / "part")
+    while jobs[0].is_alive() and open(said.name).read().count("at work") < 3:                  # the first two images are done
+        time.sleep(0.01)
+    jobs[0].terminate()
+    assert ended(jobs, said)[0] == [143]
     done = len(json.loads((tmp_path / "part" / "interaction.json").read_text())["parts"]["tuned"]["found"])
     assert 0 < done < 13
     code, _, wrong, _ = do("interaction", "tuned", *argv, out=tmp_path / "part")

@@ -16,7 +16,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import gradients_of, log_of, script, together, weights_of
+from conftest import command, ended, forked, gradients_of, log_of, together, weights_of
 
 PLACE = pretrain.Place(0, 1, torch.device("cpu"))
 
@@ -696,10 +696,10 @@ def test_weights_that_do_not_fit_are_named_with_their_shapes(of, labelled, tmp_p
 
 def test_sigterm_saves_and_leaves(labelled, tmp_path):
     argv = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off --batch_size 8 --save_every 100000 --log_every 1 --steps 100000".split()
-    job = script(*argv, "--data", labelled, "--out", tmp_path / "run", name="finetune.py")
+    (job,), said = forked(command, "finetune", *argv, "--data", labelled, "--out", tmp_path / "run")
     log = tmp_path / "run/log.jsonl"
-    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+    while job.is_alive() and not (log.exists() and log.read_text().count("\n") > 2):
         time.sleep(0.01)
     job.terminate()
-    said = job.communicate(timeout=60)[0]
-    assert job.returncode == 143 and "stopped by signal 15, saved" in said and (tmp_path / "run/checkpoint.pt").exists()
+    codes, said = ended([job], said)
+    assert codes == [143] and "stopped by signal 15, saved" in said and (tmp_path / "run/checkpoint.pt").exists()

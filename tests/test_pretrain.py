@@ -18,7 +18,7 @@ import degrade
 import losses
 import models
 import pretrain as P
-from conftest import ROOT, TINY, gradients_of, log_of, losses_of, script, together, weights_of
+from conftest import ROOT, TINY, command, ended, forked, gradients_of, log_of, losses_of, script, together, weights_of
 
 
 # the built-in data ---------------------------------------------------------------------------------------
@@ -376,27 +376,26 @@ def test_two_processes_with_synchronised_batch_norm_equal_one(run, folder, tmp_p
     assert all(torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-6) for n in a if "running" in n)
 
 
+def half_normed(out):
+    """models.BatchNorm of this process's half of a batch, forward and backward, saved."""
+    place = P.set_up("cpu")
+    x = NORMED[place.rank * 3:place.rank * 3 + 3].requires_grad_()
+    norm, low = models.BatchNorm(5), models.BatchNorm(5)(x.detach().bfloat16())
+    torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+    y = norm(x)
+    (y * torch.arange(60.).view(5, 3, 4)).square().sum().backward()
+    torch.save(dict(norm.state_dict(), low=low, y=y.detach(), x=x.grad, weight_grad=norm.weight.grad, bias_grad=norm.bias.grad), out + str(place.rank))
+
+
+NORMED = torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 3 + 70
+
+
 def test_synchronised_batch_norm_by_its_definition(tmp_path):
     """Outputs, gradients, running statistics of two processes' halves are torch's batch norm's of the whole."""
-    code = """
-import sys, torch
-sys.path.insert(0, %r)
-import models, pretrain
-place = pretrain.set_up("cpu")
-x = torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 3 + 70
-low = models.BatchNorm(5)(x[place.rank * 3:place.rank * 3 + 3].bfloat16())
-x = x[place.rank * 3:place.rank * 3 + 3].requires_grad_()
-norm = models.BatchNorm(5)
-torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
-y = norm(x)
-(y * torch.arange(60.).view(5, 3, 4)).square().sum().backward()
-torch.save(dict(norm.state_dict(), low=low.detach(), y=y.detach(), x=x.grad, weight_grad=norm.weight.grad, bias_grad=norm.bias.grad), sys.argv[1] + str(place.rank))
-""" % str(ROOT)
-    (tmp_path / "n.py").write_text(code)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "n.py"), str(tmp_path / "out")],
-                   check=True, timeout=120, capture_output=True)
+    codes, said = ended(*forked(half_normed, str(tmp_path / "out"), processes=2))
+    assert codes == [0, 0], said
     a, b = (torch.load(tmp_path / f"out{r}", weights_only=True) for r in (0, 1))
-    x = (torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 3 + 70).requires_grad_()
+    x = NORMED.clone().requires_grad_()
     low = torch.nn.BatchNorm2d(5)(x.detach().bfloat16())
     assert torch.allclose(torch.cat([a["low"], b["low"]]), low, atol=0.02)                     # bf16 is rounded once, at the end
     norm = torch.nn.BatchNorm2d(5)
@@ -411,31 +410,27 @@ torch.save(dict(norm.state_dict(), low=low.detach(), y=y.detach(), x=x.grad, wei
         assert torch.allclose(a[name], value, rtol=1e-5) and torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.slow
+def gradients(out):
+    """Of a step in float64, by this process's share of a batch of 4; rank 0 saves them."""
+    place = P.set_up("cpu")
+    torch.manual_seed(0)
+    model = models.recovery_model("vit_micro", 16, 4).double()
+    net = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
+    view = torch.rand(4, 3, 22, 22, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    k = 4 // place.world
+    part = (place.rank * k, 4)
+    d = degrade.degrade(view[part[0]:part[0] + k], "zoom_in_mask", 16, 4, P.seeded(0), part)
+    losses.recovery_loss(net(d.inputs, d.hidden), model.normalize(d.target), (16, 16), 4, d.counted).backward()
+    if place.rank == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, out)
+
+
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """DDP over Gloo, in float64: gradients of two processes of batch 2 equal those of one of 4, to rounding."""
-    code = """
-import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, %r)
-import degrade, losses, models, pretrain
-place = pretrain.set_up("cpu")
-torch.manual_seed(0)
-model = models.recovery_model("vit_micro", 16, 4).double()
-net = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
-view = torch.rand(4, 3, 22, 22, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-k = 4 // place.world
-part = (place.rank * k, 4)
-d = degrade.degrade(view[part[0]:part[0] + k], "zoom_in_mask", 16, 4, pretrain.seeded(0), part)
-loss = losses.recovery_loss(net(d.inputs, d.hidden), model.normalize(d.target), (16, 16), 4, d.counted)
-loss.backward()
-if place.rank == 0:
-    torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sys.argv[1])
-""" % str(ROOT)
-    (tmp_path / "g.py").write_text(code)
-    subprocess.run([sys.executable, str(tmp_path / "g.py"), str(tmp_path / "one.pt")], check=True, timeout=120)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "g.py"), str(tmp_path / "two.pt")],
-                   check=True, timeout=120, capture_output=True)
-    one, two = (torch.load(tmp_path / f, weights_only=True) for f in ("one.pt", "two.pt"))
+    for processes in (1, 2):
+        codes, said = ended(*forked(gradients, str(tmp_path / f"{processes}.pt"), processes=processes))
+        assert codes == [0] * processes, said
+    one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
     assert one.keys() == two.keys() and len(one) > 50
     for name in one:                                            # the loss is float32: rounding of that
         assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
@@ -455,12 +450,12 @@ def test_lower_precision_has_nearly_the_same_curve(task, run, tmp_path):
 def test_resume_equals_never_stopping_after_kill_9(flags, steps, run, folder, tmp_path):
     """Killed at any moment: the curve and the weights are bit for bit those of a run never killed; each step stands once."""
     assert run(*flags, "--steps", steps, "--log_every", 1, out=tmp_path / "whole")[0] == 0
-    killed = script(*TINY, *flags, "--steps", steps, "--data", folder, "--out", tmp_path / "killed")
+    (killed,), _ = forked(command, "pretrain", *TINY, *flags, "--steps", steps, "--data", folder, "--out", tmp_path / "killed")
     deadline = time.time() + 60
     while time.time() < deadline and not (os.path.exists(tmp_path / "killed/log.jsonl") and len(log_of(tmp_path / "killed")) >= 3):
         time.sleep(0.002)
-    killed.kill()
-    assert killed.wait() == -9 and 0 < torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] < steps
+    killed.kill(), killed.join(60)
+    assert killed.exitcode == -9 and 0 < torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] < steps
     code, said, complaint = run(*flags, "--steps", steps, "--resume", out=tmp_path / "killed")
     assert code == 0, complaint
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed")
@@ -477,9 +472,9 @@ def test_resume_between_two_log_lines(run, tmp_path):
     state = os.path.join(cut, "checkpoint.pt")
     dying = "import torch, os; real = torch.save\ndef save(state, file):\n real(state, file)\n if state['step'] == 6: file.flush(); os._exit(9)\ntorch.save = save"
     os.remove(state)
-    died = script(*TINY, *flags, "--data", json.load(open(whole / "config.json"))["data"], "--out", cut, preamble=dying)
-    died.communicate(timeout=60)
-    assert torch.load(state, weights_only=True)["step"] == 4
+    data = json.load(open(whole / "config.json"))["data"]
+    codes, _ = together("pretrain", *TINY, *flags, "--data", data, "--out", cut, processes=1, preamble=dying)
+    assert codes == [9] and torch.load(state, weights_only=True)["step"] == 4
     assert run(*flags, "--resume", out=cut)[0] == 0
     assert losses_of(whole) == losses_of(cut)
 
@@ -489,9 +484,8 @@ def test_killed_while_a_checkpoint_is_written(run, folder, tmp_path):
     half = ("import torch, os, io; real = torch.save\ndef save(state, file):\n b = io.BytesIO(); real(state, b)\n"
             " file.write(b.getvalue()[:len(b.getvalue()) // (2 if state['step'] == 4 else 1)]); file.flush()\n"
             " if state['step'] == 4: os.kill(os.getpid(), 9)\ntorch.save = save")
-    killed = script(*TINY, "--data", folder, "--out", tmp_path / "run", preamble=half)
-    killed.communicate(timeout=60)
-    assert killed.returncode == -9 and torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+    codes, _ = together("pretrain", *TINY, "--data", folder, "--out", tmp_path / "run", processes=1, preamble=half)
+    assert codes == [-9] and torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
     assert run("--resume")[0] == 0
     assert run(out=tmp_path / "whole")[0] == 0 and losses_of(tmp_path / "whole") == losses_of(tmp_path / "run")
 
@@ -604,6 +598,7 @@ def test_a_folder_of_unreadable_images_stops_at_once(tmp_path):
     job = script(*TINY, "--workers", 1, "--data", tmp_path / "data", "--out", tmp_path / "run")
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 1 and ".jpg: UnidentifiedImageError" in said and "Traceback" not in said and orphans(str(tmp_path / "run")) == []
+    assert said.splitlines()[-1].startswith("pretrain.py: ")
 
 
 REFUSED = [
@@ -683,12 +678,6 @@ def test_the_scaler_goes_on_where_it_was(run, tmp_path):
     assert run("--steps", 4, "--amp", "fp16", "--resume")[0] == 0 and counted() == 4 + 2
 
 
-def test_the_message_reaches_a_user_of_the_real_script(tmp_path):
-    job = script("--task", "sharpen", "--out", tmp_path / "x")
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 2 and said.startswith("pretrain.py: ") and said.count("\n") == 1
-
-
 def test_foreign_and_wrong_checkpoints_are_refused(run, tmp_path):
     assert run("--steps", 2)[0] == 0
     mine = tmp_path / "run/checkpoint.pt"
@@ -730,9 +719,8 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_is_intact(run, folder, 
             " if state['step'] > 2: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))\n"
             " real(state, file)\n"
             "torch.save = save")
-    job = script(*TINY, "--data", folder, "--out", tmp_path / "run", preamble=full)
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 1 and "could not write" in said and "last checkpoint is intact" in said and "Traceback" not in said
+    codes, said = together("pretrain", *TINY, "--data", folder, "--out", tmp_path / "run", processes=1, preamble=full)
+    assert codes == [1] and "could not write" in said and "last checkpoint is intact" in said and "Traceback" not in said
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
     assert not [name for name in os.listdir(tmp_path / "run") if name.endswith(".part")]
 
