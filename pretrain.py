@@ -605,18 +605,35 @@ class Signals:
         self.received, self.when = int(number), time.monotonic()
 
 
+def alone(file):
+    """Lock a file for as long as this process lives, not its loaders. ValueError when another one is at work on it."""
+    with contextlib.suppress(ImportError, OSError):             # where the system has no such locks
+        import fcntl
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process is at work on {file.name}: wait for its end, or give another --out")
+
+
 class Log:
     """log.jsonl: a JSON object a line. Going on from `step` drops the lines after it, so each step stands once; lines: the
-    ones that stay.
+    ones that stay. ValueError when the file is damaged, or another process is at work on it.
     """
 
     def __init__(self, path, step):
         self.lines = []
         if os.path.isfile(path):
-            with open(path) as file:
-                self.lines = [line for line in (json.loads(text) for text in file if text.endswith("\n")) if line["step"] <= step]
+            with open(path, "r+") as file:
+                alone(file)
+                try:
+                    every = [json.loads(text) for text in file if text.endswith("\n")]
+                    self.lines = [line for line in every if line["step"] <= step]
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{path} is damaged, a line is not of this project's: mend it, or delete it")
             write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode()))
         self.file, self.trouble = open(path, "a", buffering=1), ""
+        if os.path.isfile(path):
+            alone(self.file)
 
     def __call__(self, **line):
         try:
@@ -1118,18 +1135,19 @@ def begin(c, place, model, optimizer, scaler, same_run):
 
 
 def open_folder(c, place, more=lambda: None):
-    """--out with config.json in it, and `more()` done, whose value is returned, by rank 0. BadRequest for every process when
-    it cannot be written to.
+    """--out with `more()` done, whose value is returned, and config.json in it, by rank 0. BadRequest for every process when
+    it cannot be written to, or more() raises ValueError.
     """
     trouble, made = "", None
     if place.rank == 0:
         try:
             os.makedirs(c["out"], exist_ok=True)
-            config = json.dumps({**c, **provenance()}, indent=1)
+            made, config = more(), json.dumps({**c, **provenance()}, indent=1)
             write_whole(os.path.join(c["out"], "config.json"), lambda file: file.write(config.encode()))
-            made = more()
-        except (OSError, ValueError) as error:                  # ValueError: a damaged log.jsonl
+        except OSError as error:
             trouble = f"--out {c['out']} cannot be written to: {error}"
+        except ValueError as error:
+            trouble = str(error)
     all_stop(trouble, place, BadRequest)
     return made
 

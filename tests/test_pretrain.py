@@ -518,6 +518,28 @@ def test_a_run_is_not_overwritten_unasked(run, tmp_path):
     assert code == 2 and "was made with mask_ratio 0.75, this command asks for 0.5" in complaint
 
 
+def test_two_trainers_in_one_folder_are_refused(run, folder, tmp_path):
+    """The second, while the first is at work, whose files stay its own; killed, it leaves no lock behind."""
+    (first,), _ = forked(command, "pretrain", *TINY, "--steps", 100000, "--workers", 0, "--data", folder, "--out", tmp_path / "run")
+    while first.is_alive() and not os.path.exists(tmp_path / "run/checkpoint.pt"):
+        time.sleep(0.01)
+    before = (tmp_path / "run/config.json").read_text()
+    code, _, complaint = run("--steps", 100000, "--resume", "--log_every", 7)
+    assert code == 2 and "another process is at work on" in complaint and complaint.count("\n") == 1
+    assert first.is_alive() and (tmp_path / "run/config.json").read_text() == before
+    first.kill(), first.join()
+    P.Log(str(tmp_path / "run/log.jsonl"), 10 ** 9)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, len(log_of(tmp_path / "run")) + 1))
+
+
+def test_a_damaged_log_is_named(run, tmp_path):
+    assert run("--steps", 2)[0] == 0
+    with open(tmp_path / "run/log.jsonl", "a") as file:
+        file.write("{step\n")
+    code, _, complaint = run("--steps", 2, "--resume")
+    assert code == 2 and "log.jsonl is damaged" in complaint and "cannot be written" not in complaint and complaint.count("\n") == 1
+
+
 def orphans(mark):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
