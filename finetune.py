@@ -93,11 +93,13 @@ def rand_augment(image, generator, magnitude, deviation):
     """
     for _ in range(2):
         strength = magnitude + deviation * float(torch.randn((), generator=generator))
-        used = torch.rand((), generator=generator) < 0.5
+        used, seed = torch.rand((), generator=generator) < 0.5, int(torch.randint(2 ** 62, (), generator=generator))
+        if not used:
+            continue
         policy = v2.RandAugment(1, round(10 * min(max(strength, 0), 10)), 101, v2.InterpolationMode.BILINEAR, [128] * len(image))
         with torch.random.fork_rng(devices=[]):                 # torchvision draws from the global generator
-            torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
-            image = policy(image) if used else image
+            torch.manual_seed(seed)
+            image = policy(image)
     return image
 
 
@@ -234,11 +236,12 @@ def confusion_picture(confusion, classes):
     from PIL import Image, ImageDraw, ImageFont
     font, cell, n = ImageFont.load_default(12), 34, len(classes)
     names = [name if len(name) < 15 else f"{i} {name[:10]}.." for i, name in enumerate(classes)]
-    left = 12 + max(int(font.getlength(name)) for name in names)
+    left, legend = 12 + max(int(font.getlength(name)) for name in names), "rows: true class, columns: predicted, % of the row"
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    picture = Image.new("RGB", (left + n * cell + 8, 26 + n * cell + left), "white")
+    width = max(left + n * cell + 8, 12 + int(font.getlength(legend)))
+    picture = Image.new("RGB", (width, 26 + n * cell + left), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((6, 6), "rows: true class, columns: predicted, % of the row", "black", font)
+    draw.text((6, 6), legend, "black", font)
     for i, name in enumerate(names):
         draw.text((left - 6 - font.getlength(name), 26 + i * cell + 9), name, "black", font)
         column = Image.new("RGB", (left, cell), "white")
@@ -387,8 +390,9 @@ def open_weights(args):
     taken = ["data", "root", "model", "img_size", "patch_size", "relative_positions", "pool"]
     if measuring:                                               # as the run did; at the size that is asked for, if one is
         taken += ["recipe", "test_crop", *([] if args.img_size else ["test_size"])]
+    trains = "recipe" in vars(args) and not measuring
     for name in taken:
-        if name == "img_size" and args.model in models.RESNETS and not is_small(args.data or "shapes") and not measuring:
+        if name.endswith("_size") and args.model in models.RESNETS and not is_small(args.data or "shapes") and trains:
             continue                                            # a ResNet takes any size: the recipe's (RSB A3 trains at 160)
         if getattr(args, name) is None:
             setattr(args, name, config.get(name))
@@ -590,6 +594,7 @@ def measure_only(args, state, place):
         raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a "
                          f"{c['model']}: its scores would mean nothing")
     make_folder(c, place, MEASURED)
+    c.update({k: state["config"].get(k) for k in ("labels", "draw", "seed")})                  # the run's; others' are not known
     if place.rank == 0:
         print(loaded, f"{c['model']} from {c['weights']} on {c['data']}, {measured_line(c, len(val))}, "
               f"features: {c['pool'] or 'mean'}", pretrain.device_line(c, place), sep="\n", flush=True)

@@ -1183,8 +1183,9 @@ def device_line(c, place, start=None):
     if c["model"] in models.RESNETS:
         kernel = "convolutions channels-last"
     begins = "" if start is None else f", from step {start}" if start else ", from the beginning"
+    seed = "" if c["seed"] is None else f"seed {c['seed']}, "   # others' classifiers are measured without one
     return (f"device {c['device']}, {torch.get_num_threads()} threads, precision {c['amp']}, {kernel}, "
-            f"seed {c['seed']}, commit {commit() or 'none'}{begins} -> {c['out']}")
+            f"{seed}commit {commit() or 'none'}{begins} -> {c['out']}")
 
 
 def run(args):

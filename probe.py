@@ -107,7 +107,7 @@ def linear_probe(train, labels, classes, resnet, seed=0):
     head = nn.Sequential(*([] if resnet else [nn.BatchNorm1d(D, affine=False, eps=1e-6)]), linear).to(train.device)
     optimizer = torch.optim.SGD(linear.parameters(), lr=30, momentum=0.9) if resnet else LARS(linear.parameters(), lr=6.4)
     batch = min(256 if resnet else 16384, n)
-    total = 100 * (n // batch) if resnet else max(90 * (n // batch), 2000)
+    total = math.ceil(100 * n / batch) if resnet else max(90 * (n // batch), 2000)
     for step in tqdm(range(total), desc="linear probe", unit="step", leave=False):
         rows = samples(step, batch, n, seed)[:, 1].to(train.device) if batch < n else slice(None)
         lr = learning_rate(step, total, total // 9, 6.4)
@@ -142,7 +142,8 @@ def blocks_probe(model, data, val, train, test, c, place):
     """Train BlocksProbe on the frozen model's tokens -> scores (m, classes) and labels (m,) of the images of val.
 
     train, test: what gather found; without tokens in them, which would take more than 4 GiB, they are computed anew each
-    epoch. BM gives no recipe: AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a tenth of it warm-up, no augmentation.
+    epoch. BM gives no recipe: AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a tenth of it warm-up, no augmentation,
+    20 epochs, of a small set as many as make 2,000 steps.
     """
     resnet, device, n = c["model"] in models.RESNETS, place.device, len(train[1])
     torch.manual_seed(c["seed"])
@@ -160,9 +161,10 @@ def blocks_probe(model, data, val, train, test, c, place):
         with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
             return probe(tokens.float(), 0 if resnet else 1).float()
 
-    step, total = 0, c["epochs"] * math.ceil(n / BATCH)
+    images = n if train[2] is not None else len(data)           # of what is read anew some may not be readable
+    step, total = 0, c["epochs"] * math.ceil(images / BATCH)
     for epoch in tqdm(range(c["epochs"]), f"{c['blocks']} blocks", unit="epoch", leave=False):
-        order = torch.randperm(n if train[2] is not None else len(data), generator=seeded(c["seed"], BLOCKS, epoch))
+        order = torch.randperm(images, generator=seeded(c["seed"], BLOCKS, epoch))
         for tokens, labels in batches(data, train, order):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, total // 10, 1e-3)
@@ -179,7 +181,7 @@ def blocks_probe(model, data, val, train, test, c, place):
 
 
 SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
-            epochs="20, of the blocks", out="runs/probe-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED]")
+            epochs="20, or as many as make 2,000 steps", out="runs/probe-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED]")
 COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out",
           "weights")
 
@@ -219,9 +221,10 @@ def run(args):
     c = dict(vars(args), script="probe", test_size=0, test_crop=None)
     pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
     resnet, classes = c["model"] in models.RESNETS, len(data.classes)
+    epochs = c["epochs"] or max(20, math.ceil(2000 / math.ceil(len(data) / BATCH)))
     finetune.refuse_for_resnet(args)
     pretrain.not_negative(c, "seed", "workers")
-    c.update(channels=data.channels, pool=None if resnet else c["pool"], epochs=int(c["epochs"] or 20) if c["blocks"] else None,
+    c.update(channels=data.channels, pool=None if resnet else c["pool"], epochs=int(epochs) if c["blocks"] else None,
              workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
              device=str(place.device), out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
     model, loaded = finetune.load_model(c, state, place)

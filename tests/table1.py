@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import degrade
+import models
 import pretrain
 
 # steps of 128 images in about ten minutes of one core: where the encoder drops 75% of the patches, and where it sees them all
@@ -105,20 +106,21 @@ def jobs(args, task, seed):
 
 
 def result(folder):
-    """What a finished part left, and on what and with which code: its result, for pre-training the last line of its log and
-    how many seconds its steps took; None if it is not finished.
+    """What a finished part left, and on what and with which code: its result, for pre-training the last line of its log; None
+    if it is not finished, or measured an encoder that has been trained anew since.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
         made = {k: config[k] for k in ("hardware", "commit")}
         if (folder / "result.json").exists():
-            return json.loads((folder / "result.json").read_text()) | made
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        if not (config.get("task") and lines[-1]["step"] == config["total_steps"] and (folder / "checkpoint.pt").exists()):
+            encoder = Path(config["weights"], "checkpoint.pt")
+            stale = encoder.exists() and encoder.stat().st_mtime > (folder / "result.json").stat().st_mtime
+            return None if stale else json.loads((folder / "result.json").read_text()) | made
+        steps = config["total_steps"]
+        if not config.get("task") or models.read_weights(folder)["step"] < steps:
             return None
-        B, steps = config["batch_size"], [0, *(line["step"] for line in lines)]
-        seconds = sum((b - a) * B / line["images_per_s"] for a, b, line in zip(steps, steps[1:], lines))
-        return dict(lines[-1], images=config["total_steps"] * B, seconds=round(seconds), **made)
+        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        return dict(last, images=steps * config["batch_size"], **made)
     except (OSError, ValueError, IndexError, KeyError):
         return None
 

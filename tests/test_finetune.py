@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFont
 
 import finetune
 import models
@@ -284,12 +284,13 @@ def test_top_5_counts_the_fifth_and_not_the_sixth(classes):
 
 def test_the_rows_of_the_confusion_picture_are_the_true_classes():
     """All of class 0 taken for class 1: the red cell is in the first row, second column."""
-    picture = finetune.confusion_picture(torch.tensor([[0, 9], [0, 9]]), ["a", "b"])
-    cell, left, top = 34, picture.width - 2 * 34 - 8, 26
+    picture, width = finetune.confusion_picture(torch.tensor([[0, 9], [0, 9]]), ["a", "b"]), ImageFont.load_default(12).getlength
+    cell, left, top = 34, 12 + int(width("a")), 26
+    assert picture.width > 6 + width("rows: true class, columns: predicted, % of the row")      # the legend is whole
     corner = [[picture.getpixel((left + x * cell + 3, top + y * cell + 3)) for x in (0, 1)] for y in (0, 1)]
     assert corner[0][1] == (255, 65, 65) and corner[1] == [(255, 255, 255), (50, 100, 255)]
     picture = finetune.confusion_picture(torch.eye(2), ["names that begin alike, one", "names that begin alike, two"])
-    left = picture.width - 2 * 34 - 8
+    left = 12 + int(width("0 names that.."))
     assert picture.crop((0, 26, left, 60)).tobytes() != picture.crop((0, 60, left, 94)).tobytes()      # cut, but told apart
 
 
@@ -372,7 +373,7 @@ def test_a_fine_tuned_run_is_measured_again_with_eval(of, tmp_path, capfd):
     result = result_of(again)
     assert result["top1"] == result_of(said)["top1"] and os.path.exists(tmp_path / "eval/confusion.png")
     assert "measured on 13 at 16x16, the central 0.875, features: cls" in again and "device cpu" in again
-    assert "total_steps" not in result and "compared_with" not in result and json.loads((tmp_path / "eval/result.json").read_text()) == result
+    assert result["seed"] == 3 and "seed 3" in again and "total_steps" not in result and "compared_with" not in result and json.loads((tmp_path / "eval/result.json").read_text()) == result
 
 
 def test_eval_measures_as_the_run_did(of, tmp_path):

@@ -1,6 +1,7 @@
 """Probing by its parts and through the real script: BM section 5, A2 section 5.2; and the table of tasks."""
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -134,17 +135,29 @@ def test_features_are_of_the_central_part():
 
 
 def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
-    seen, encode = [], models.ViT.encode
+    seen, epochs, encode = [], [], models.ViT.encode
     monkeypatch.setattr(models.ViT, "encode", lambda self, images, *a, **k: (seen.append((len(images), self.training)), encode(self, images, *a, **k))[1])
     code, said, complaint = of(probe)
     assert code == 0, complaint
     assert sum(n for n, _ in seen) == 36 + 13 and not any(training for _, training in seen)
     seen.clear()
-    code, said, _ = of(probe, "--blocks", 2, "--epochs", 30, out=tmp_path / "blocks")
+    monkeypatch.setattr(probe, "blocks_probe", lambda *a, real=probe.blocks_probe: (epochs.append(a[5]["epochs"]), real(*a[:5], dict(a[5], epochs=30), a[6]))[1])
+    code, said, _ = of(probe, "--blocks", 2, out=tmp_path / "blocks")
+    assert epochs == [2000]                                     # 36 images are one step
     assert sum(n for n, _ in seen) == 36 + 13                   # tokens and features in one pass
     result = json.loads(said.strip().splitlines()[-1])
     assert code == 0 and result["knn"] == result["linear"] == 100 and result["nonlinear"] > 60 and result["images"] == 13 and result["weights"] == "none"
     assert json.loads((tmp_path / "blocks/result.json").read_text()) == result
+
+
+def test_a_resnet_is_probed_at_the_size_of_its_run(tmp_path):
+    """On a folder too, where finetune.py takes the recipe's."""
+    config = dict(model="resnet18", img_size=[96, 96], patch_size=24, data=str(tmp_path))
+    torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
+    for module, size in ((probe, ([96, 96], 24)), (finetune, (None, None))):
+        args = module.options().parse_args(["--weights", str(tmp_path)])
+        finetune.open_weights(args)
+        assert args.model == "resnet18" and (args.img_size, args.patch_size) == size
 
 
 def test_a_resnet_is_probed_by_mocos_protocol(of, monkeypatch):
@@ -290,14 +303,19 @@ def test_the_table_tells_how_far_its_commands_are(tmp_path):
     assert work.bar.n == first.seconds and "probe-mask-0 0%" in str(work.bar)
 
 
-def test_what_a_pre_training_took_is_added_up_from_its_log(tmp_path):
-    """20 steps of 8 images at 10 a second and 10 at 40: 16 + 2 seconds; nothing, if it is not at its end."""
+def test_a_part_is_finished_when_its_checkpoint_is_the_last(tmp_path):
+    """Not when its log is at the end and the save was not; and a measurement, while its encoder is the one that it was of."""
     config = dict(task="mask", batch_size=8, total_steps=30, hardware="h", commit="c")
-    (tmp_path / "config.json").write_text(json.dumps(config)), (tmp_path / "checkpoint.pt").write_text("")
-    (tmp_path / "log.jsonl").write_text('{"step": 20, "images_per_s": 10}\n{"step": 30, "images_per_s": 40, "loss": 0.5}\n')
-    assert table1.result(tmp_path) == dict(step=30, images_per_s=40, loss=0.5, images=240, seconds=18, hardware="h", commit="c")
-    (tmp_path / "config.json").write_text(json.dumps(dict(config, total_steps=31)))
-    assert table1.result(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps(config)), torch.save({"step": 30}, tmp_path / "checkpoint.pt")
+    (tmp_path / "log.jsonl").write_text('{"step": 20, "loss": 0.6}\n{"step": 30, "loss": 0.5}\n')
+    assert table1.result(tmp_path) == dict(step=30, loss=0.5, images=240, hardware="h", commit="c")
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe/config.json").write_text(json.dumps(dict(weights=str(tmp_path), hardware="h", commit="c")))
+    (tmp_path / "probe/result.json").write_text('{"knn": 50}')
+    assert table1.result(tmp_path / "probe") == dict(knn=50, hardware="h", commit="c")
+    torch.save({"step": 20}, tmp_path / "checkpoint.pt")
+    os.utime(tmp_path / "checkpoint.pt", (2 ** 31, 2 ** 31))
+    assert table1.result(tmp_path) is None and table1.result(tmp_path / "probe") is None
 
 
 def test_a_command_of_the_table_that_fails_says_why(tmp_path):
