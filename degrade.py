@@ -74,7 +74,7 @@ def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, part=Non
     rows, columns, visible = _cells(grid, ratio, unit)
     u = draw(batch, 4, generator=generator, part=part)
     height = (visible ** 0.5 * 2 ** (u[:, 0] - 0.5)).round().clamp(math.ceil(visible / columns), min(rows, visible))
-    width = ((visible + height - 1) / height).floor()                                  # (a number / a tensor is not exact)
+    width = ((visible + height - 1) / height).floor()                                  # the ceiling (number / tensor is rounded)
     top, left = (u[:, 1] * (rows - height + 1)).floor(), (u[:, 2] * (columns - width + 1)).floor()
     r = torch.arange(rows)[:, None] - top[:, None, None]                               # (B, rows, 1)
     c = torch.arange(columns)[None, :] - left[:, None, None]                           # (B, 1, columns)
@@ -203,23 +203,13 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
         raise ValueError(f"a {whole[0]}x{whole[1]} view is smaller than the {size[0]}x{size[1]} asked for")
     if zoom_size is not None and (zoom_size == "rand" or not 1 <= zoom_size <= whole[0]):
         raise ValueError(f"zoom size {zoom_size} is not one of 1 .. {whole[0]}, the height of the view")
-    if zoom_size is not None:
-        part_size = _at_size(zoom_size, whole)
-    elif size != whole:
-        part_size = size
-    else:
-        part_size = _at_size(whole[0] * 160 / 224, whole)
+    part_size = size if zoom_size is None and size != whole else _at_size(zoom_size or whole[0] * 160 / 224, whole)
     if zoom_at == "center":
         return scaled(center_crop(images, part_size), size)
     room = torch.tensor([whole[0] - part_size[0] + 1, whole[1] - part_size[1] + 1])
     corner = (draw(len(images), 2, generator=generator, part=part) * room).floor()
     box = torch.cat([corner, torch.tensor(part_size).expand(len(images), 2)], dim=1)
     return crop_resize(images, box.to(images.device), size)
-
-
-def middle(images, size=None):
-    """(m)+(a) The centre of a larger picture, as it is: (B, C, *size). BM A.2."""
-    return center_crop(images, size or tuple(images.shape[2:]))
 
 
 def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, part=None):
@@ -261,7 +251,7 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, part=No
 
 
 def fisheye(images, twist=(0.20, 0.25), generator=None, part=None):
-    """(c) Fisheye about a random centre: (B, C, H, W). BM 4.1.
+    """(c) Fisheye about a random centre: (B, C, H, W). BM 4.1; the formula is its code's.
 
     The canvas is [-1, 1] x [-1, 1], the centre c uniform on it, the twist t uniform between two bounds. A
     pixel at distance r from the centre shows what lay at distance r - t r^2; t = 0 changes nothing. So what is farther
@@ -302,8 +292,8 @@ def distort(images, warp="fisheye", twist=(0.20, 0.25), generator=None, part=Non
 def blur(images, blur_kernel=9, generator=None, part=None):
     """(d) Each channel convolved with a k x k kernel drawn afresh, (B, C, H, W); edges are repeated. BM 4.1, A.1.
 
-    Weights ~ N(1 / k^2, 0.02^2), one kernel per image and channel; sums wander around 1, so values may leave
-    [0, 1]. blur_kernel: odd, or "rand": 5, 7, 9 or 11, drawn for each image.
+    Weights ~ N(1 / k^2, 0.02^2), as in its code, one kernel per image and channel; sums wander around 1, so values may
+    leave [0, 1]. blur_kernel: odd, or "rand": 5, 7, 9 or 11, drawn for each image.
     # differs from the authors' code: theirs mixes the channels and changes the picture's size; this is the text.
     """
     B, C, H, W = images.shape
@@ -366,7 +356,7 @@ TASKS = {
     "distort": Task(distort, "(c) fisheye about a random centre", target="center"),
     "blur": Task(blur, "(d) random 9x9 kernel on each channel"),
     "decolor": Task(desaturate, "(e) saturation x 0.3"),
-    "zoom_in_mask": Task(middle, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
+    "zoom_in_mask": Task(center_crop, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
                          mask_ratio=0.75, view=320 / 224, target="whole", compare="hidden"),
     "simmim": Task(unchanged, "hidden cells replaced by the mask token at the input", mask_ratio=0.6, mask_unit=2,
                    compare="hidden", fill="token", token_at="input", loss="l1", norm_target="off", paper="A2"),
@@ -425,7 +415,7 @@ class Degraded(NamedTuple):
     hidden: torch.Tensor | None         # (B, N) bool, True = the encoder does not see this patch
     target: torch.Tensor                # (B, C, S, S), or (B, C, V, V) for a "whole" target
     counted: torch.Tensor | None        # (B, N) bool
-    filled: bool = False                # hidden patches of `inputs` hold a fill; or the encoder must drop them
+    filled: bool = False                # True: hidden patches of `inputs` hold a fill. False: the encoder drops them
 
 
 def degrade(view, task, size=None, patch_size=16, generator=None, part=None, **settings):

@@ -50,21 +50,17 @@ RECIPES = {
 }
 
 
-def by_recipe(option):
-    """The recipes' values of an option in words, for --help."""
-    values = {name: row[option] for name, row in RECIPES.items()}
-    return pretrain.in_words({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in values.items()})
-
-
 SAYS = dict(
     pretrain.DEVICE_SAYS, data="that of the run in --weights, or shapes", root="that of the run in --weights, or ./data",
     model="that of the run in --weights; else vit_base for a folder, vit_micro for the small sets",
     img_size="that of the run in --weights, but for a ResNet on a folder the recipe's, 160 (rsb_a3) or 224 (rsb_a2); else 224, "
              "or for the small sets 32, for a ResNet 64",
-    patch_size="that of the run in --weights, or 16 or 4, for a ResNet 8", warmup="a twentieth of the run (rsb_a2 a sixtieth)",
+    patch_size="as --img_size, else 16, or for the small sets 4, for a ResNet 8",
+    warmup="a twentieth of the run (rsb_a2 a sixtieth)",
     save_every="a twentieth of the run, or more, so that measuring on val, which goes with it, stays below a tenth of the work",
     out="runs/finetune-WEIGHTS-DATA[-LABELS][-DRAW][-SEED]",
-    **{option: by_recipe(option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip", "crop")})
+    **{option: pretrain.by_recipe(RECIPES, option) for option in ("epochs", "batch_size", "lr", "weight_decay", "betas", "clip",
+                                                                  "crop")})
 SAME_RUN = ("weights", "labels", "draw", "classes", "model", "relative_positions", "data", "images", "img_size", "patch_size",
             "pool", "total_steps", "warmup_steps", "batch_size", "optimizer", "lr", "weight_decay", "betas", "clip", "crop",
             "seed", "layer_decay", "drop_path", "smoothing", "rand_augment", "mixup", "cutmix", "loss", "test_size",
@@ -351,7 +347,7 @@ def options():
       help="Table A2's, or one for a CPU; default: deit for a ViT, rsb_a3 for a ResNet, small for the small sets")
     o("--eval", action="store_true", help="only measure the classifier in --weights")
     def of_recipe(name, help, **more):
-        o(name, help=f"{help}default: {by_recipe(name[2:])}", **more)
+        o(name, help=f"{help}default: {pretrain.by_recipe(RECIPES, name[2:])}", **more)
     of_recipe("--optimizer", "", choices=("adamw", "lamb"))
     of_recipe("--layer_decay", "a ViT layer's learning rate over the next one's, for a ResNet 1; ", type=float)
     of_recipe("--drop_path", "stochastic depth of the last layer; ", type=float)

@@ -99,8 +99,8 @@ def frequency_weight(distance, alpha=1.0):
 
 
 class _FocalFrequency(torch.autograd.Function):
-    """omega is a constant to the gradient, so that of sum omega |dF|^2 is twice the inverse transform of omega dF; and by
-    Parseval its product with the difference is the sum itself. One transform there and one back, and little kept.
+    """sum omega |dF|^2. omega counts as a constant, so with G the inverse transform of omega dF the gradient is 2 G, and by
+    Parseval the sum is <difference, G>. One transform there and one back, and little kept.
     """
 
     @staticmethod
@@ -166,6 +166,8 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
     recovered, normalised as the model's input is. When it is larger than `size` the prediction means the
     whole of it at the input's resolution (BM A.2): it is resized to the view (area), and its error has a centre
     and a band term. The paper gives them no weights; .8 and .2 are the authors' code's.
+    # differs from the authors' code: its band term is the sum of four strips' means, ours the mean over the band, about a
+    # quarter of it: in effect it weighs the two terms alike, as band_weight 0.5 does.
     loss: "mse" (BM) or "l1" (A2). The frequencies are those of the picture and the normalisation that are compared.
     """
     prediction, grid = prediction.float(), [side // p for side in size]

@@ -630,24 +630,23 @@ class Loaded(NamedTuple):
                 f"{few(self.unexpected)} not used")
 
 
-def resize_positions(table, grid, cls=1):
-    """Position embedding (1, cls + n^2, D) of a square grid -> (1, cls + N, D) for grid = (rows, columns), bicubic."""
-    side = round((table.shape[1] - cls) ** 0.5)
-    if side * side != table.shape[1] - cls:
-        raise ValueError(f"a position embedding of {table.shape[1] - cls} patches is not of a square image: it cannot be resized")
-    patches = table[:, cls:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([table[:, :cls].float(), patches], dim=1)
+def resize_square(rows, size):
+    """(n^2, D) of a square grid -> (h w, D) of one of size = (h, w), bicubic."""
+    side = round(len(rows) ** 0.5)
+    if side * side != len(rows):
+        raise ValueError(f"{len(rows)} positions are not of a square image: they cannot be resized")
+    grid = rows.float().T.view(1, -1, side, side)
+    return F.interpolate(grid, size, mode="bicubic", align_corners=False)[0].flatten(1).T
+
+
+def resize_positions(table, grid):
+    """Position embedding (1, 1 + n^2, D) of a square grid -> (1, 1 + N, D) for grid = (rows, columns)."""
+    return torch.cat([table[:, :1].float(), resize_square(table[0, 1:], grid)[None]], dim=1)
 
 
 def resize_relative(table, grid):
-    """Relative position table ((2n - 1)^2 + 3, heads) of a square grid -> that of grid = (rows, columns), bicubic."""
-    side = round((len(table) - 3) ** 0.5)
-    if side * side != len(table) - 3:
-        raise ValueError(f"a relative position table of {len(table)} rows is not of a square image: it cannot be resized")
-    offsets = table[:-3].float().T.view(1, -1, side, side)
-    offsets = F.interpolate(offsets, [2 * n - 1 for n in grid], mode="bicubic", align_corners=False)
-    return torch.cat([offsets[0].flatten(1).T, table[-3:].float()])
+    """Relative position table ((2n - 1)^2 + 3, heads) of a square grid -> that of grid = (rows, columns)."""
+    return torch.cat([resize_square(table[:-3], [2 * n - 1 for n in grid]), table[-3:].float()])
 
 
 def tensors(state):

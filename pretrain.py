@@ -9,8 +9,8 @@
         pretrain.py --task zoom_in_mask --data /path/to/imagenet                               on two machines
 
 view (an augmented image batch) -> degrade (what the encoder sees, what is hidden, what is to be recovered)
--> model (a picture) -> losses (a number). A run leaves checkpoint.pt, log.jsonl, config.json and pictures in --out.
-The built-in data takes minutes on a CPU; the paper's run days on eight GPUs.
+-> model (patches) -> losses (a number). A run leaves checkpoint.pt, log.jsonl, config.json and pictures in --out.
+The built-in data takes minutes on a CPU; the papers' runs are days on many GPUs.
 
 Randomness is a function of (seed, step), or (seed, epoch, image) for what a loader reads, never of how the work is
 split: processes, accumulation, workers and resuming do not change what is drawn.
@@ -96,7 +96,7 @@ class Failure(Exception):
 
 
 class Unwritten(Failure, OSError):
-    """A file could not be written: who can say what to do about it catches the OSError, else it is a Failure like others."""
+    """A file could not be written. An OSError too, for callers that can say what to do about it."""
 
 
 def seeded(*key):
@@ -240,7 +240,11 @@ class Shapes(NamedTuple):
     images: torch.Tensor                # (n, 3, size, size) uint8
     labels: torch.Tensor                # (n,) int64: SHAPES' row
     masks: torch.Tensor                 # (n, size, size) bool: the object's pixels
-    boxes: torch.Tensor                 # (n, 4) float: the mask's x0, y0, x1, y1 in pixels
+
+    @property
+    def boxes(self):
+        """x0, y0, x1, y1 of each mask in pixels: (n, 4) float."""
+        return torchvision.ops.masks_to_boxes(self.masks)
 
 
 def _bar(a, b, width, height):
@@ -294,7 +298,7 @@ def shapes(n, size=48, seed=0, chunk=500):
             cover = (0.5 + inside).clamp(0, 1)[:, None]
             images[rows] = ((ground * (1 - cover) + paint * cover).clamp(0, 1) * 255).round().to(torch.uint8)
             masks[rows] = inside > 0
-    return Shapes(images, labels, masks, torchvision.ops.masks_to_boxes(masks))
+    return Shapes(images, labels, masks)
 
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -690,28 +694,33 @@ def common_options(p, says, only=None):
     o("--weights", "a run's folder, or weights (ours, MAE's, timm's or torchvision's names)", "none", metavar="PATH|none")
 
 
+def in_words(values):
+    """{whose: value} for --help: "0.75 (mask, zoom_in_mask), 0.6 (simmim, a2mim)", or the value that all share; without None."""
+    whose = {v: [name for name, w in values.items() if w == v] for v in values.values()}
+    return ", ".join(f"{v} ({', '.join(names)})" if len(whose) > 1 else f"{v}" for v, names in whose.items() if v is not None)
+
+
+def by_recipe(recipes, option):
+    """The recipes' values of an option, for --help; a row without one has that of the row above it."""
+    said = {name if isinstance(name, str) else " ".join(name): row[option] for name, row in recipes.items() if option in row}
+    return in_words({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in said.items()})
+
+
 DEVICE_SAYS = dict(workers="1 on a CPU, up to 8 with a GPU", steps="by --epochs",
                    accum="as few as keep each batch at 64 images or fewer (256 for the small sets)")
 SAYS = dict(
     **DEVICE_SAYS,
-    model="vit_base for a folder, vit_micro for the small sets",
-    img_size="224 for a folder; 32, for a ResNet 64, for the small sets",
-    patch_size="16 for a folder; 4, for a ResNet 8, for the small sets",
-    epochs="300 for a folder (800 for A2's ViT-B), 3-15 for the small sets",
-    batch_size="4096 (A2's tasks 2048) for a folder, or 256",
-    lr="1.5e-4 (A2's tasks on a ViT 1e-4) for a folder, or 1.5e-3",
-    weight_decay="0.05",
-    betas="0.9 0.95, for A2's tasks 0.9 0.999",
-    clip="0, for A2's tasks on a ViT 5",
+    **{option: by_recipe(RECIPES, option) for option in ("model", "img_size", "patch_size", "epochs", "batch_size", "lr",
+                                                         "weight_decay", "betas", "clip", "crop")},
     warmup="the same share of any run: 40 of 300 (A2's tasks 10 of 300, ViT-B of 800), a twentieth of a small one",
-    crop="0.67 1 for A2's tasks; for BM's 0.2 1, or 0.5 1 for the small sets",
     save_every="a twentieth of the run, at least 50; with a picture",
     out="that of --resume PATH, or runs/TASK-MODEL-DATA")
 
 
 def options():
     p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-               epilog="tasks:\n" + "\n".join(f"  {name:13} {row.about}" for name, row in degrade.TASKS.items()))
+               epilog="defaults are by data (folder, shapes, small: the sets by name), the task's paper (BM, A2), the model\n\n"
+                      "tasks:\n" + "\n".join(f"  {name:13} {row.about}" for name, row in degrade.TASKS.items()))
     p.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, help="default: zoom_in_mask")
     common_options(p, SAYS)
     m = p.add_argument_group("where the mask token enters").add_argument
@@ -744,12 +753,6 @@ def options():
         shown = "the paper's, at this size" if default is None else in_words(defaults)
         tasks.add_argument(f"--{name}", help=f"{text}; default: {shown}", **what, **(dict(nargs=len(default)) if several else {}))
     return p
-
-
-def in_words(values):
-    """{whose: value} for --help: "0.75 (mask, zoom_in_mask), 0.6 (simmim, a2mim)", or the value that all share; without None."""
-    whose = {v: [name for name, w in values.items() if w == v] for v in values.values()}
-    return ", ".join(f"{v} ({', '.join(names)})" if len(whose) > 1 else f"{v}" for v, names in whose.items() if v is not None)
 
 
 def settings():
@@ -844,7 +847,10 @@ def share_out(c, recipe, place, length, channels, name):
 
 
 def _resolve_token(c, row, fill):
-    """--token_at, --token_how, --fill (as given) and --decoder settle each other; the task's row says the rest."""
+    """Where the token enters: --token_at, else the input for --fill token, nowhere where simmim gets a colour, else the task's
+    place (a ResNet's: the middle, not the decoder). What hidden patches hold: nothing for a decoder, else --fill, the task's, or
+    the mean colour.
+    """
     resnet, asked = c["model"] in models.RESNETS, c["token_at"]
     if fill == "token":
         at = asked or "input"
@@ -998,7 +1004,7 @@ class BadFiles:
         return len(bad)
 
     def meet_few(self, bad, place):
-        """meet, where each file is named once however often it is read. Failure when more than 1% of them cannot be read."""
+        """meet, and Failure when more than 1% of the files cannot be read."""
         if self.meet(bad) and len(self.why) > 0.01 * self.images:
             raise Failure(f"more than 1% of {self.images} images cannot be read: mend or replace {self.listed(place)}")
 
