@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import models
 import pretrain
-from pretrain import AUTOCAST, DROP, LABELS, MIX, BadRequest, Failure, agree, seeded
+from pretrain import AUTOCAST, DROP, LABELS, MIX, BadRequest, Failure, seeded, sum_over_processes
 
 # The papers' recipes and one that fits a CPU. lr is per 256 images; rand_augment: magnitude and its deviation; test_size
 # 0: the training size. A2's Table A2 prints 1e-3 (A3) and 1.5e-3 (A2): the first is RSB's own 8e-3 at batch 2048, the
@@ -217,7 +217,7 @@ def evaluate(model, data, c, place, bad_files):
         if small:
             confusion += torch.bincount((labels * classes + top[:, 0]).cpu(), minlength=classes ** 2).view(classes, classes)
     model.train(training)
-    first, fifth, bad, *counts = agree([first, fifth, bad, *(confusion.flatten().tolist() if small else [])], place)
+    first, fifth, bad, *counts = sum_over_processes([first, fifth, bad, *(confusion.flatten().tolist() if small else [])], place)
     if bad > 0.01 * len(data):
         files = bad_files.listed(place)
         raise Failure("" if place.rank else f"{int(bad)} of {len(data)} images to measure on cannot be read: "
@@ -628,7 +628,7 @@ def run(args):
 
     def check(step):
         finite = all(x.isfinite().all() for x in model.state_dict().values())
-        if agree([float(finite)], place)[0] < place.world and main:
+        if sum_over_processes([float(finite)], place)[0] < place.world and main:
             return "the weights are not finite. Begin again in another --out with a lower --lr or a longer --warmup", {}
         return "", {}
 
@@ -643,7 +643,7 @@ def run(args):
             write_confusion(c, place, confusion, data.classes)
 
     missed = main and start not in known and (start == c["total_steps"] or start > 0 and start % c["save_every"] == 0)
-    if agree([float(missed)], place)[0]:                        # stopped between saving and measuring
+    if sum_over_processes([float(missed)], place)[0]:                        # stopped between saving and measuring
         measure(start)
     magnitude, deviation = c["rand_augment"]
     augment = functools.partial(rand_augment, magnitude=magnitude, deviation=deviation) if magnitude else None

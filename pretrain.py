@@ -576,7 +576,7 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
     return [groups[key] for key in sorted(groups)]
 
 
-def agree(values, place):
+def sum_over_processes(values, place):
     """Sum a list of numbers over the processes. Every process calls it at the same point of the loop."""
     if place.world == 1:
         return values
@@ -587,7 +587,7 @@ def agree(values, place):
 
 def all_stop(trouble, place, kind=Failure):
     """`kind` in every process if one of them has a trouble; those without say nothing. Every process calls it."""
-    if agree([float(bool(trouble))], place)[0]:
+    if sum_over_processes([float(bool(trouble))], place)[0]:
         raise kind(trouble)
 
 
@@ -609,7 +609,7 @@ class Signals:
         self.received, self.when = int(number), time.monotonic()
 
 
-def alone(file):
+def lock(file):
     """Lock a file for as long as this process lives, not its loaders. ValueError when another one is at work on it."""
     with contextlib.suppress(ImportError, OSError):             # where the system has no such locks
         import fcntl
@@ -628,7 +628,7 @@ class Log:
         self.lines = []
         if os.path.isfile(path):
             with open(path, "r+") as file:
-                alone(file)
+                lock(file)
                 try:
                     every = [json.loads(text) for text in file if text.endswith("\n")]
                     self.lines = [line for line in every if line["step"] <= step]
@@ -637,7 +637,7 @@ class Log:
             write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode()))
         self.file, self.trouble = open(path, "a", buffering=1), ""
         if os.path.isfile(path):
-            alone(self.file)
+            lock(self.file)
 
     def __call__(self, **line):
         try:
@@ -1063,7 +1063,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
 
-            loss, told, bad = agree([float(loss) / place.world, signals.received, bad], place)
+            loss, told, bad = sum_over_processes([float(loss) / place.world, signals.received, bad], place)
             if not math.isfinite(loss):
                 raise Failure("" if place.rank else f"the loss is {loss} at step {step + 1}, learning rate {lr:.3g}: nothing was "
                               "saved since the last checkpoint. --resume with --amp off, or begin again in another --out with a "
@@ -1120,7 +1120,7 @@ def begin(c, place, model, optimizer, scaler, same_run):
     start, progress = 0, dict(sum=0.0, count=0, bad=0)
     last = os.path.join(c["out"], "checkpoint.pt")
     path, there = going_on(c), os.path.exists(last)
-    if agree([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
+    if sum_over_processes([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
         raise BadRequest(f"the processes do not see the same {c['out']}: --out must be one folder for all machines")
     state = load_checkpoint(path) if path else None
     if there and not (path and os.path.abspath(path) == os.path.abspath(last)):

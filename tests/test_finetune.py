@@ -392,7 +392,7 @@ def test_three_processes_measure_every_image_once(monkeypatch):
     """What each of three of 13 images counts, added up, is what one counts alone (test_two_processes_equal_one: for real)."""
     data = pretrain.MemorySet((torch.rand(13, 1, 4, 4, generator=pretrain.seeded(0)) * 255).byte(), torch.arange(13) % 3, torch.device("cpu"), ["a", "b", "c"])
     c, counted = dict(img_size=[4, 4], test_size=0, test_crop=1.0, workers=0, amp="off"), []
-    monkeypatch.setattr(finetune, "agree", lambda values, place: (counted.append(torch.tensor(values)), values)[1])
+    monkeypatch.setattr(finetune, "sum_over_processes", lambda values, place: (counted.append(torch.tensor(values)), values)[1])
     for place in (PLACE, *(PLACE._replace(rank=rank, world=3) for rank in range(3))):
         finetune.evaluate(Fixed(), data, c, place, pretrain.BadFiles(13, 1))
     assert torch.equal(counted[0], sum(counted[1:])) and counted[0][3:].sum() == 13
@@ -609,7 +609,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(of, tmp_path):
 
 def test_a_picture_that_cannot_be_written_stops_every_process(tmp_path, monkeypatch):
     (tmp_path / "confusion.png").mkdir()
-    monkeypatch.setattr(pretrain, "agree", lambda values, place: [1.0])                        # what rank 0 has found
+    monkeypatch.setattr(pretrain, "sum_over_processes", lambda values, place: [1.0])                        # what rank 0 has found
     for rank, says in ((0, "could not write"), (1, "")):
         with pytest.raises(pretrain.Failure) as failure:
             finetune.write_confusion(dict(out=str(tmp_path)), PLACE._replace(rank=rank, world=2), torch.eye(2), ["a", "b"])
