@@ -589,8 +589,8 @@ def measure_only(args, state, place):
     if loaded.missing:
         raise BadRequest(f"--eval: {c['weights']} lacks {', '.join(loaded.missing[:4])} ({len(loaded.missing)}) of a "
                          f"{c['model']}: its scores would mean nothing")
-    make_folder(c, place, MEASURED)
     c.update({k: state["config"].get(k) for k in ("labels", "draw", "seed")})                  # the run's; others' are not known
+    make_folder(c, place, MEASURED)
     if place.rank == 0:
         print(loaded, f"{c['model']} from {c['weights']} on {c['data']}, {measured_line(c, len(val))}, "
               f"features: {c['pool'] or 'mean'}", pretrain.device_line(c, place), sep="\n", flush=True)
@@ -643,7 +643,7 @@ def run(args):
             write_confusion(c, place, confusion, data.classes)
 
     missed = main and start not in known and (start == c["total_steps"] or start > 0 and start % c["save_every"] == 0)
-    if sum_over_processes([float(missed)], place)[0]:                        # stopped between saving and measuring
+    if sum_over_processes([float(missed)], place)[0]:           # stopped between saving and measuring
         measure(start)
     magnitude, deviation = c["rand_augment"]
     augment = functools.partial(rand_augment, magnitude=magnitude, deviation=deviation) if magnitude else None

@@ -701,7 +701,7 @@ def in_words(values):
 
 
 def by_recipe(recipes, option):
-    """The recipes' values of an option, for --help; a row without one has that of the row above it."""
+    """The recipes' values of an option, for --help; a row without it leaves that of the row it goes over."""
     said = {name if isinstance(name, str) else " ".join(name): row[option] for name, row in recipes.items() if option in row}
     return in_words({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in said.items()})
 
@@ -1120,7 +1120,7 @@ def begin(c, place, model, optimizer, scaler, same_run):
     start, progress = 0, dict(sum=0.0, count=0, bad=0)
     last = os.path.join(c["out"], "checkpoint.pt")
     path, there = going_on(c), os.path.exists(last)
-    if sum_over_processes([float(there)], place)[0] != there * place.world:  # all look before rank 0 writes
+    if sum_over_processes([float(there)], place)[0] != there * place.world:             # all look before rank 0 writes
         raise BadRequest(f"the processes do not see the same {c['out']}: --out must be one folder for all machines")
     state = load_checkpoint(path) if path else None
     if there and not (path and os.path.abspath(path) == os.path.abspath(last)):
