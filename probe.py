@@ -23,7 +23,8 @@ import models
 import pretrain
 from pretrain import AUTOCAST, BLOCKS, LINEAR, BadRequest, Failure, learning_rate, samples, seeded
 
-BATCH, STORE = 256, 4 * 2 ** 30                                           # images at once; bytes of tokens to keep at most
+BATCH, STORE = 256, 4 * 2 ** 30                                 # images at once; bytes of tokens to keep at most
+STEPS = 2000                                                    # of fitting to a small set, whose epochs are short, at least
 
 
 def encode(model, data, rows, c, place, tokens=False, note="", bad_files=None):
@@ -107,7 +108,7 @@ def linear_probe(train, labels, classes, resnet, seed=0):
     head = nn.Sequential(*([] if resnet else [nn.BatchNorm1d(D, affine=False, eps=1e-6)]), linear).to(train.device)
     optimizer = torch.optim.SGD(linear.parameters(), lr=30, momentum=0.9) if resnet else LARS(linear.parameters(), lr=6.4)
     batch = min(256 if resnet else 16384, n)
-    total = math.ceil(100 * n / batch) if resnet else max(90 * (n // batch), 2000)
+    total = math.ceil(100 * n / batch) if resnet else max(90 * (n // batch), STEPS)
     for step in tqdm(range(total), desc="linear probe", unit="step", leave=False):
         rows = samples(step, batch, n, seed)[:, 1].to(train.device) if batch < n else slice(None)
         lr = learning_rate(step, total, total // 9, 6.4)
@@ -221,7 +222,7 @@ def run(args):
     c = dict(vars(args), script="probe", test_size=0, test_crop=None)
     pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
     resnet, classes = c["model"] in models.RESNETS, len(data.classes)
-    epochs = c["epochs"] or max(20, math.ceil(2000 / math.ceil(len(data) / BATCH)))
+    epochs = c["epochs"] or max(20, math.ceil(STEPS / math.ceil(len(data) / BATCH)))
     finetune.refuse_for_resnet(args)
     pretrain.not_negative(c, "seed", "workers")
     c.update(channels=data.channels, pool=None if resnet else c["pool"], epochs=int(epochs) if c["blocks"] else None,

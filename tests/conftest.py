@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
+import probe  # noqa: E402
 
 TINY = ("--model vit_micro --img_size 16 --patch_size 4 --batch_size 8 --workers 0 --save_every 2 --log_every 1 "
         "--amp off --steps 6").split()
@@ -69,6 +70,12 @@ def labelled(tmp_path_factory):
         (where / split / of_class).mkdir(parents=True, exist_ok=True)
         Image.fromarray(((picture + 0.4 * label) * 255).byte().numpy()).save(where / split / of_class / f"{i:02d}.png")
     return where
+
+
+@pytest.fixture
+def short_fits(monkeypatch):
+    """Linear layers of a few steps, where it does not matter what they have learned."""
+    monkeypatch.setattr(probe, "STEPS", 20)
 
 
 @pytest.fixture

@@ -526,7 +526,7 @@ def test_images_in_parts_are_one_set(do, made, labelled, tmp_path, monkeypatch):
     assert len(pairs) == 3 and pairs[0] != pairs[1]
 
 
-def test_a_classifier_of_other_classes_is_not_taken(do, made, tmp_path):
+def test_a_classifier_of_other_classes_is_not_taken(do, made, tmp_path, short_fits):
     """Nor one of the same classes in another order: its scores would be read for the wrong ones."""
     state = models.read_weights(str(made / "tuned"))
     state["config"]["classes"] = state["config"]["classes"][::-1]
@@ -537,13 +537,13 @@ def test_a_classifier_of_other_classes_is_not_taken(do, made, tmp_path):
 
 
 @pytest.mark.parametrize("more, fitted", [([], 5), (["--paper"], 36)])
-def test_paper_fits_to_all_training_images(do, monkeypatch, more, fitted):
+def test_paper_fits_to_all_training_images(do, monkeypatch, short_fits, more, fitted):
     monkeypatch.setattr(analyze, "FIT", 5)
     run = do("occlusion", "zoom", *TINY, "--repeats", 1, *more)[3]["runs"]["zoom"]
     assert run["classifier"].endswith(f"fitted to {fitted} images")
 
 
-def test_what_is_not_finite_is_not_written(do, made, tmp_path):
+def test_what_is_not_finite_is_not_written(do, made, tmp_path, short_fits):
     state = models.read_weights(str(made / "zoom"))
     state["model"]["blocks.3.mlp.fc2.weight"][0, 0] = math.inf
     (tmp_path / "burst").mkdir()

@@ -488,7 +488,7 @@ def test_the_result_finds_its_baseline(of, tmp_path):
     assert "missing" in cropped["compared_with"]                # measured otherwise
 
 
-def test_the_way_to_a_probes_baseline_leads_there(of, tmp_path):
+def test_the_way_to_a_probes_baseline_leads_there(of, tmp_path, short_fits):
     torch.save(models.encoder("vit_micro", 16, 4, relative_positions=True).state_dict(), tmp_path / "encoder.pt")
     flags = ["--weights", tmp_path / "encoder.pt", "--relative_positions"]
     way = result_of(of(probe, *flags, out=tmp_path / "a")[1])["compared_with"]["missing"].split(", and what else")[0].split()
@@ -496,7 +496,7 @@ def test_the_way_to_a_probes_baseline_leads_there(of, tmp_path):
     assert result_of(of(probe, *flags, out=tmp_path / "a")[1])["compared_with"]["out"] == str(tmp_path / "none")
 
 
-def test_a_measurement_is_not_overwritten_by_another(of, tmp_path):
+def test_a_measurement_is_not_overwritten_by_another(of, tmp_path, short_fits):
     """The same again may be, as after more pre-training."""
     assert of(probe, "--weights", "none")[0] == of(probe, "--weights", "none")[0] == 0
     code, _, complaint = of(probe, "--weights", "none", "--pool", "mean")

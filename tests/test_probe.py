@@ -67,7 +67,7 @@ def test_the_linear_probes_are_mae_s_and_moco_s(monkeypatch):
         assert len(head) == 1 if resnet else not head[0].affine and head[0].num_batches_tracked == 2000
     assert max(rates[False]) == pytest.approx(0.1 * 16384 / 256) and np.argmax(rates[False]) == pytest.approx(2000 / 9, abs=2) and rates[False][-1] < 1e-4
     assert sorted(set(np.round(rates[True], 6)), reverse=True) == [30, 3, 0.3]
-    assert [rates[True].count(lr) for lr in sorted(set(rates[True]))] == [3 * 20, 3 * 20, 3 * 60]
+    assert [rates[True].count(lr) for lr in sorted(set(rates[True]))] == [75, 75, 225]    # of 375: 3.75 an epoch
 
 
 def test_lars_steps_by_hand():
@@ -135,19 +135,19 @@ def test_features_are_of_the_central_part():
 
 
 def test_one_go_gives_all_and_computes_features_once(of, tmp_path, monkeypatch):
-    seen, epochs, encode = [], [], models.ViT.encode
+    seen, encode = [], models.ViT.encode
     monkeypatch.setattr(models.ViT, "encode", lambda self, images, *a, **k: (seen.append((len(images), self.training)), encode(self, images, *a, **k))[1])
+    monkeypatch.setattr(probe, "STEPS", 40)
     code, said, complaint = of(probe)
     assert code == 0, complaint
     assert sum(n for n, _ in seen) == 36 + 13 and not any(training for _, training in seen)
     seen.clear()
-    monkeypatch.setattr(probe, "blocks_probe", lambda *a, real=probe.blocks_probe: (epochs.append(a[5]["epochs"]), real(*a[:5], dict(a[5], epochs=30), a[6]))[1])
     code, said, _ = of(probe, "--blocks", 2, out=tmp_path / "blocks")
-    assert epochs == [2000]                                     # 36 images are one step
     assert sum(n for n, _ in seen) == 36 + 13                   # tokens and features in one pass
     result = json.loads(said.strip().splitlines()[-1])
     assert code == 0 and result["knn"] == result["linear"] == 100 and result["nonlinear"] > 60 and result["images"] == 13 and result["weights"] == "none"
     assert json.loads((tmp_path / "blocks/result.json").read_text()) == result
+    assert json.loads((tmp_path / "blocks/config.json").read_text())["epochs"] == 40           # 36 images are one step
 
 
 def test_a_resnet_is_probed_at_the_size_of_its_run(tmp_path):
@@ -168,7 +168,7 @@ def test_a_resnet_is_probed_by_mocos_protocol(of, monkeypatch):
     assert code == 0 and asked == [(True, 512)], complaint
 
 
-def test_a_run_is_probed_and_compared_with_none(of, run, labelled, tmp_path):
+def test_a_run_is_probed_and_compared_with_none(of, run, labelled, tmp_path, short_fits):
     assert run("--task", "mask", "--steps", 2, data=labelled, out=tmp_path / "mask")[0] == 0
     none = json.loads(of(probe, out=tmp_path / "a")[1].splitlines()[-1])
     code, said, _ = of(probe, "--weights", tmp_path / "mask", out=tmp_path / "b")
@@ -176,7 +176,7 @@ def test_a_run_is_probed_and_compared_with_none(of, run, labelled, tmp_path):
     assert code == 0 and "78 loaded" in said and mine["compared_with"]["knn"] == none["knn"] and mine["compared_with"]["out"] == str(tmp_path / "a")
 
 
-def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path):
+def test_unreadable_images_are_left_out_and_too_many_stop(of, labelled, tmp_path, short_fits):
     data = tmp_path / "data"
     shutil.copytree(labelled, data)
     for i in range(150):

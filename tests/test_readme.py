@@ -92,7 +92,7 @@ def small_run(tmp_path, *flags):
 
 
 @pytest.fixture
-def few_shapes(monkeypatch):
+def few_shapes(monkeypatch, short_fits):
     """A hundredth of the built-in pictures, made once."""
     make = functools.lru_cache(pretrain.shapes)
     monkeypatch.setattr(pretrain, "shapes", lambda n, size=48, seed=0: make(max(n // 100, 20), size, seed))
@@ -122,7 +122,8 @@ def test_the_commands_of_the_figures(few_shapes, tmp_path):
     weights = small_run(tmp_path)
     for command in commands:
         name = command.split()[2]
-        less = dict(curves=[], interaction=["--images", 1, "--pairs", 2, "--contexts", 2]).get(name, ["--images", 20])
+        few = dict(curves=[], occlusion=["--images", 8, "--repeats", 1], interaction=["--images", 1, "--pairs", 2, "--contexts", 2])
+        less = few.get(name, ["--images", 20])
         assert here(command.replace("runs/zoom_in_mask-vit_micro-shapes", weights), *less, "--out", tmp_path / "out") == 0
         assert (tmp_path / "out" / f"{name}.json").exists()
         assert (tmp_path / "out" / f"{name}.png").exists() or name != "reconstruct"            # curves want matplotlib
