@@ -700,6 +700,12 @@ def test_the_scaler_goes_on_where_it_was(run, tmp_path):
     assert run("--steps", 4, "--amp", "fp16", "--resume")[0] == 0 and counted() == 4 + 2
 
 
+def test_the_message_reaches_a_user_of_the_real_script(tmp_path):
+    job = script("--task", "sharpen", "--out", tmp_path / "x")
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and said.startswith("pretrain.py: ") and said.count("\n") == 1
+
+
 def test_foreign_and_wrong_checkpoints_are_refused(run, tmp_path):
     assert run("--steps", 2)[0] == 0
     mine = tmp_path / "run/checkpoint.pt"
