@@ -594,10 +594,8 @@ def recovery_of(args, weights, place):
     """How the images of a run of pretrain.py are damaged and recovered -> its configuration, its file. For an MAE file, which
     says nothing of it: by --task and its like.
     """
-    try:
+    with pretrain.refusing():
         state = models.read_weights(weights)
-    except ValueError as error:
-        raise BadRequest(str(error))
     config = state.get("config")
     if isinstance(config, dict) and "settings" in config:
         c = dict(config, **{name: getattr(args, name) for name in ("data", "root") if getattr(args, name)})
@@ -615,11 +613,9 @@ def recovery_of(args, weights, place):
 def recovery_model(c, state, place):
     """The model of pretrain.py with its decoder or head, in eval(). BadRequest when the file has none."""
     torch.manual_seed(c["seed"])
-    try:
+    with pretrain.refusing(f"{c['weights']}: "):
         model = pretrain.build(c)
         missing = models.load_weights(model, state).missing
-    except ValueError as error:
-        raise BadRequest(f"{c['weights']}: {error}")
     lacking = [name for name in missing if name.startswith("decoder_pred")]
     if lacking:
         raise BadRequest(f"{c['weights']} recovers no image, it lacks {lacking[0]}: give a run of pretrain.py, or a whole MAE "

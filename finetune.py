@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import models
 import pretrain
-from pretrain import AUTOCAST, DROP, LABELS, MIX, BadRequest, Failure, seeded, sum_over_processes
+from pretrain import AUTOCAST, DROP, LABELS, MIX, BadRequest, Failure, refusing, seeded, sum_over_processes
 
 # The papers' recipes and one that fits a CPU. lr is per 256 images; rand_augment: magnitude and its deviation; test_size
 # 0: the training size. A2's Table A2 prints 1e-3 (A3) and 1.5e-3 (A2): the first is RSB's own 8e-3 at batch 2048, the
@@ -375,10 +375,8 @@ def open_weights(args):
         if path:
             config = pretrain.load_checkpoint(path)["config"]
         else:
-            try:
+            with refusing():
                 state = models.read_weights(args.weights)
-            except ValueError as error:
-                raise BadRequest(str(error))
             config = state.get("config")
             ours = isinstance(config, dict) and config.get("model") in models.MODELS and isinstance(config.get("img_size"), list)
             config = config if ours else {}                     # others' files may hold anything there
@@ -502,7 +500,7 @@ def load_model(c, state, place, classes=0, keep_head=False):
     keep_head. -> model, models.Loaded or None. BadRequest when they do not suit each other.
     """
     torch.manual_seed(c["seed"])
-    try:
+    with refusing():
         model = models.encoder(c["model"], c["img_size"], c["patch_size"], c["channels"], classes, c["relative_positions"],
                                c["pool"] or "mean")
         if classes and c["model"] in models.VITS:
@@ -511,8 +509,6 @@ def load_model(c, state, place, classes=0, keep_head=False):
         if state is not None:
             weights, heads = models.tensors(state), () if keep_head else ("head.", "fc.")
             report = models.load_weights(model, {k: v for k, v in weights.items() if not k.startswith(heads)})
-    except ValueError as error:
-        raise BadRequest(str(error))
     return models.to_device(model, place.device), report
 
 

@@ -99,6 +99,15 @@ class Unwritten(Failure, OSError):
     """A file could not be written. An OSError too, for callers that can say what to do about it."""
 
 
+@contextlib.contextmanager
+def refusing(whose=""):
+    """A ValueError of degrade.py and models.py, which know no command line, becomes a BadRequest."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadRequest(f"{whose}{error}")
+
+
 def seeded(*key):
     """A CPU generator that depends on all the non-negative integers of `key`."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -133,10 +142,8 @@ def load_checkpoint(path):
     """A checkpoint of this project, as a dict. BadRequest when it is missing, damaged, foreign or holds code."""
     if not os.path.isfile(path):
         raise BadRequest(f"no checkpoint at {path}: give the path of a checkpoint.pt, or --resume alone to start anew")
-    try:
+    with refusing():
         state = models.read_weights(path)
-    except ValueError as error:
-        raise BadRequest(str(error))
     missing = [k for k in ("model", "optimizer", "scaler", "step", "config", "progress") if k not in state]
     if missing:
         raise BadRequest(f"{path} is not a run's checkpoint (no '{missing[0]}' in it): "
@@ -431,15 +438,8 @@ class FolderSet:
         return self._load(read, [part.tolist() for part in rows.split(batch)], device, workers)
 
     def picture_views(self, n, size):
-        views = []
-        for index in range(len(self)):
-            view = self.central(index, size, 1.0)[0]
-            views += [] if view is None else [view]
-            if len(views) == n:
-                break
-        if not views:
-            raise Failure(f"not one image of {os.path.dirname(self.path(0))} can be read")
-        return torch.stack(views).float() / 255
+        rows = torch.arange(min(len(self), 100 * n))            # of the first n a file may be bad
+        return next(views for views, _, _ in self.plain(rows, n, size) if views is not None)
 
 
 class Reader:
@@ -777,16 +777,16 @@ def resolve(args, place, length, channels):
     idle = [k for k in ("fill", "mask_kind", "mask_unit", "token_how") if (given[k] if k in given else c[k])]
     if idle and not chosen["mask_ratio"]:
         raise BadRequest(f"--{idle[0]} does nothing with mask ratio 0: add --mask_ratio 0.75, or leave it out")
+    if given["twist"] and chosen["warp"] != "fisheye":
+        raise BadRequest(f"--twist does nothing with --warp {chosen['warp']}: it is for the fisheye")
     _resolve_token(c, row, given["fill"])
     _resolve_loss(c, row)
     not_negative(c, "freq_weight", "freq_alpha")
     share_out(c, recipe, place, length, channels, f"{c['task']}-{c['model']}-{os.path.basename(c['data'])}")
-    try:                                                        # one small batch through the whole request
+    with refusing():                                            # one small batch through the whole request
         c["view"] = list(degrade.view_size(c["task"], size, c["settings"]["view_size"]))
         few = torch.zeros(2 - c["images_per_process"] % 2, channels, *c["view"])                # odd if the batches are
         degrade.degrade(few, c["task"], tuple(size), c["patch_size"], seeded(0), **c["settings"])
-    except ValueError as error:
-        raise BadRequest(str(error))
     return c
 
 
@@ -858,10 +858,8 @@ def _resolve_token(c, row, fill):
         at = asked or "none"
     else:
         at = asked or ("middle" if resnet and row.token_at == "decoder" else row.token_at)
-    try:
+    with refusing():
         layer = models.token_layer(c["model"], at)
-    except ValueError as error:
-        raise BadRequest(str(error))
     if layer in ("decoder", None) and c["token_how"]:
         raise BadRequest(f"--token_how {c['token_how']} does nothing with --token_at {at}: it is for a layer or stage")
     if layer not in ("decoder", None):
@@ -917,10 +915,10 @@ def the_loss(c):
 
 @functools.cache
 def commit():
-    """The commit of this code, or None."""
+    """The commit of this code, with -dirty where it has been edited since; None where there is no git."""
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                                capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True,
+                              cwd=os.path.dirname(os.path.abspath(__file__)), text=True).stdout.strip() or None
     except OSError:
         return None
 
@@ -948,8 +946,10 @@ def recover(model, view, c, generator):
     predictions (B, N, p p C), with the mask token and, where one enters inside the encoder, without it (A2 Fig. A3); and the
     pictures (B, C, *c["view"]) of each. The mean and contrast of normalised patches are borrowed from the view.
     """
-    size, p = tuple(c["img_size"]), c["patch_size"]
-    d = degrade.degrade(view, c["task"], size, p, generator, **c["settings"])
+    size, p, n = tuple(c["img_size"]), c["patch_size"], len(view)
+    even = torch.cat([view, view[n - n % 2:]])                  # zoom_out's fill `other` takes images in pairs
+    d = degrade.degrade(even, c["task"], size, p, generator, **c["settings"])
+    d = d._make(x[:n] if torch.is_tensor(x) else x for x in d)
     inside, training = c["token_at"] not in ("decoder", "none"), model.training
     model.eval()
     with torch.autocast(view.device.type, *AUTOCAST[c["amp"]]):
@@ -1109,8 +1109,8 @@ def going_on(c):
     if c["resume"] != "auto":
         folder = c["resume"] is not None and os.path.isdir(c["resume"])
         return os.path.join(c["resume"], "checkpoint.pt") if folder else c["resume"]
-    last = os.path.join(c["out"] or "nowhere", "checkpoint.pt")
-    return last if os.path.exists(last) else None
+    last = c["out"] and os.path.join(c["out"], "checkpoint.pt")
+    return last if last and os.path.exists(last) else None
 
 
 def begin(c, place, model, optimizer, scaler, same_run):
@@ -1201,14 +1201,12 @@ def run(args):
     data = load_data(vars(args), place)
     c = resolve(args, place, len(data), data.channels)
     torch.manual_seed(c["seed"])
-    try:
+    with refusing():
         model = build(c)
         if c["weights"] != "none" and not going_on(c):          # whose checkpoint holds all weights
             report = models.load_weights(model, c["weights"])
             if main:
                 print(report)
-    except ValueError as error:
-        raise BadRequest(str(error))
     if c["token_at"] == "decoder":                              # nothing hidden: DDP waits for a gradient that never comes
         model.mask_token.requires_grad_(bool(c["settings"]["mask_ratio"]))
     model = models.to_device(model, device)
@@ -1232,10 +1230,7 @@ def run(args):
     def check(step):        # a model whose own prediction is not finite is not saved: the last one is worth more
         if not main:
             return "", {}
-        try:
-            picture = picture_of(model, data.picture_views(8, tuple(c["view"])).to(device), c, seeded(c["seed"], PICTURE))
-        except Failure as error:
-            return str(error), {}
+        picture = picture_of(model, data.picture_views(8, tuple(c["view"])).to(device), c, seeded(c["seed"], PICTURE))
         if picture is None:
             return ("the model's prediction is not finite. --resume with --amp off, or begin again in another --out with a lower "
                     "--lr or a longer --warmup"), {}

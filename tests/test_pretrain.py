@@ -332,6 +332,17 @@ def test_pictures_show_what_is_recovered_without_the_token(run, tmp_path, monkey
     assert torch.equal(recovered[~hidden], view[~hidden]) and torch.equal(recovered[hidden], whole[hidden])
 
 
+def test_an_odd_number_of_images_is_recovered_where_a_task_takes_them_in_pairs(run, tmp_path):
+    """zoom_out's --zoom_fill other fills an image with its neighbour; a picture, or a validation set, may have three."""
+    assert run("--task", "zoom_out", "--zoom_fill", "other", "--steps", 1)[0] == 0
+    c, view = json.load(open(tmp_path / "run/config.json")), torch.rand(3, 3, 16, 16, generator=P.seeded(1))
+    model = P.build(c)
+    d, (prediction,), (picture,) = P.recover(model, view, c, P.seeded(0))
+    assert len(d.inputs) == len(prediction) == 3 and picture.shape == view.shape and torch.equal(d.target, view)
+    four, (of_four,), _ = P.recover(model, torch.cat([view, view[2:]]), c, P.seeded(0))
+    assert torch.equal(d.inputs, four.inputs[:3]) and torch.equal(prediction, of_four[:3])
+
+
 def test_same_seed_same_run(run, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run("--seed", seed, "--steps", 3, out=tmp_path / name)[0] == 0
@@ -493,6 +504,7 @@ def test_killed_while_a_checkpoint_is_written(run, folder, tmp_path):
 def test_resume_without_a_checkpoint_starts_anew_and_with_a_wrong_path_is_refused(run, tmp_path):
     code, said, _ = run("--resume", "--steps", 2)
     assert code == 0 and "from the beginning" in said
+    assert P.going_on(dict(resume="auto", out=None)) is None
     code, _, complaint = run("--resume", tmp_path / "nowhere.pt", "--steps", 2)
     assert code == 2 and "nowhere.pt" in complaint and complaint.count("\n") == 1
 
@@ -632,6 +644,7 @@ REFUSED = [
     (["--warmup", "-1"], "--warmup -1"), (["--steps", "inf"], "inf"), (["--view_size", "17"], "view size 17"),
     (["--task", "zoom_in", "--zoom_size", "0"], "zoom size 0"), (["--task", "decolor", "--saturation", "-3"], "-3"),
     (["--task", "distort", "--twist", "9", "-9"], "twist 9"),
+    (["--task", "distort", "--warp", "wave", "--twist", "0.1", "0.2"], "--twist does nothing with --warp wave"),
     (["--task", "zoom_out", "--zoom_fill", "other", "--batch_size", "3"], "1 is odd"),
     (["--task", "zoom_in_mask", "--zoom_size", "8"], "--zoom_size does nothing"), (["--epochs", "inf"], "--epochs inf"),
     (["--mask_ratio", "1"], "mask ratio 1.0 is outside"), (["--mask_ratio", "-0.5"], "-0.5"),
