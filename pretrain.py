@@ -1034,8 +1034,7 @@ def train(c, place, data, model, optimizer, scaler, start, progress, log, prepar
     if c["compile"]:
         model.compile()
     if place.world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(       # running statistics are the same everywhere already
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     apart = getattr(net, "no_sync", contextlib.nullcontext)
     k = c["images_per_process"]
     parts = [((a * place.world + place.rank) * k, k) for a in range(c["accum"])]

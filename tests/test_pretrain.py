@@ -382,7 +382,7 @@ def test_two_processes_with_synchronised_batch_norm_equal_one(run, folder, tmp_p
     assert codes == [0, 0], said
     assert losses_of(tmp_path / "one")[1] == pytest.approx(losses_of(tmp_path / "two")[1], rel=1e-5)
     a, b = gradients_of(tmp_path / "one"), gradients_of(tmp_path / "two")
-    assert (a - b).norm() < 1e-3 * a.norm()
+    assert (a - b).norm() < 0.05 * a.norm()                     # one ReLU that rounding turns is 1%, each its own batch norm 300%
     a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert all(torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-6) for n in a if "running" in n)
 
