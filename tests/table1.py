@@ -4,7 +4,7 @@
     python tests/table1.py --data fashion_mnist --root data --download
     python tests/table1.py --tasks mask none --seeds 1 --share 0.1    a tenth of it, to try
 
-vit_micro. Each encoder: pretrain.py for about ten minutes of one core (five of two), then probe.py (k-NN, linear probe)
+vit_micro. Each encoder: pretrain.py for ten to fifteen minutes of one core, then probe.py (k-NN, linear probe)
 and finetune.py with 100 labels a class (Fashion-MNIST: 20 too), three draws of labels, the same for all; BOLD tasks and none
 from three pre-training seeds. The budget is a number of steps, chosen for about the same time: 2.7 to 2.8 times as many where
 the encoder drops 75% of the patches (bench.py budget times them: within a factor of 1.3 of each other). Times are of cores with
