@@ -1,14 +1,17 @@
-"""The networks: ViT and ResNet encoders, what recovers an image from them, and where the mask token enters.
+"""The networks: ViT and ResNet encoders, what recovers an image from them, and where the mask token
+enters.
 
-An image is recovered in one of two ways. *Beyond Masking* (BM) follows MAE: the encoder drops hidden patches, and a
-decoder is given mask tokens in their places. *Architecture-Agnostic Masked Image Modeling* (A2) keeps them, filled: a
-mask token enters the feature map after some layer or stage, and one linear layer predicts the pixels.
+An image is recovered in one of two ways. *Beyond Masking* (BM) follows MAE: the encoder drops
+hidden patches, and a decoder is given mask tokens in their places. *Architecture-Agnostic Masked
+Image Modeling* (A2) keeps them, filled: a mask token enters the feature map after some layer or
+stage, and one linear layer predicts the pixels.
 
 Parameters carry the names the field uses, so weights travel with no converter: the ViT has timm's
-(`vit_*_patch16_224`), its decoder the official MAE repository's, the ResNet torchvision's. No loss is computed here.
+(`vit_*_patch16_224`), its decoder the official MAE repository's, the ResNet torchvision's. No loss
+is computed here.
 
-    python models.py                                    parameters, FLOPs and the shape trail of each model
-    python models.py --export RUN/checkpoint.pt OUT.pth the encoder alone, under timm's or torchvision's names
+    python models.py                                    the models and their parameters
+    python models.py --export RUN OUT.pth               the encoder alone, under those names
 
 B batch, C channels, H x W pixels, p patch size, N = (H/p)(W/p) patches, D width, L depth.
 hidden (B, N) bool: True = the encoder does not see this patch.
@@ -23,79 +26,127 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# (width, depth, heads), the decoder's (depth, width, heads; BM A.1: 4 blocks of width 384), the layer after which the mask
-# token enters "in the middle" (A2 5.1: small and base; the others are ours, in proportion)
-VITS = {
-    "vit_micro": ((128,  6,  4), (2,  64, 2), 3),     # for a CPU: small images, small patches
-    "vit_tiny":  ((192, 12,  3), (4, 384, 6), 5),
-    "vit_small": ((384, 12,  6), (4, 384, 6), 5),
-    "vit_base":  ((768, 12, 12), (4, 384, 6), 8),     # BM section 4.1
-    "vit_large": ((1024, 24, 16), (4, 384, 6), 16),
-}
-# kind of block, how many in each of the four stages
-RESNETS = {
-    "resnet18":  ("basic", (2, 2, 2, 2)),
-    "resnet34":  ("basic", (3, 4, 6, 3)),
-    "resnet50":  ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ("bottleneck", (3, 8, 36, 3)),
-}
-RESNET_STAGE = 3                                      # the token's, "middle" (A2 5.1)
-MODELS = [*VITS, *RESNETS]
 TOKEN_HOWS = ("add", "replace", "scaled")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def pair(size):
-    """An int or (height, width) as (height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+# --- What every family of encoders has ---
+
+class Encoder(nn.Module):
+    """A family of encoders. Images come in as RGB (or C channels) in [0, 1].
+
+    A family defines encode(images, after, drop) -> features z, where after(l, z) -> z stands behind
+    layer or stage l = 0 .. L; `stages`, lists of blocks; `dim`, the width of the features;
+    `branches`, the number of residual branches; and, if z is a map, `widths`, those at l = 0 .. L.
+    """
+    tokens = False  # features are a map (B, D, h, w); True: tokens (B, 1 + N, D)
+    stride = 1  # pixels per position of the last map
+    first = "conv1"  # name of the first layer
+    head_name = "fc"  # name of the classifier
+    strict = False  # True: only images in [0, 1] are taken
+
+    def __init__(self, img_size, patch_size, channels):
+        """img_size: int or (H, W)."""
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.patch_size = patch_size
+        self.channels = channels
+        for n, what in ((patch_size, "patch size"), (self.stride, "stride of the last stage")):
+            if any(side < n or side % n for side in self.img_size):
+                raise ValueError(f"image size {self.img_size[0]}x{self.img_size[1]} is not "
+                                 f"divisible by the {what} {n}: choose multiples of {n}")
+        self.grid = tuple(side // patch_size for side in self.img_size)
+        mean = torch.tensor(IMAGENET_MEAN if channels == 3 else [0.45] * channels)
+        std = torch.tensor(IMAGENET_STD if channels == 3 else [0.225] * channels)
+        self.register_buffer("mean", mean.view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(-1, 1, 1), persistent=False)
+
+    def normalize(self, images):
+        """[0, 1] -> zero mean and unit deviation per channel over ImageNet."""
+        low, high = images.aminmax() if self.strict else (0, 1)
+        if low < 0 or high > 1 or not images.is_floating_point():
+            raise ValueError(f"images are floats in [0, 1], and these are {images.dtype} in "
+                             f"[{low:.3g}, {high:.3g}]")
+        return (images - self.mean) / self.std
+
+    def denormalize(self, images):
+        return images * self.std + self.mean
+
+    @property
+    def watched(self):
+        """For analyze.py: modules whose input is a feature map, modules whose output is one."""
+        return [], [block for stage in self.stages for block in stage]
+
+    def pooled(self, z):
+        """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D), float32."""
+        return z.float().mean((2, 3))
+
+    def forward(self, images, drop=None):
+        """Class scores (B, num_classes); features (B, D) when there is no head."""
+        return getattr(self, self.head_name)(self.pooled(self.encode(images, drop=drop)))
 
 
-# ---------------------------------------------------------------------------------------------------
-# ViT
-# ---------------------------------------------------------------------------------------------------
+def classifier(dim, num_classes):
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def drop_path(batch, depth, rate, generator, within=None):
+    """Stochastic depth: factors of the residual branches, (batch, depth), 0 or 1 / (1 - r).
+
+    r rises linearly from 0 at the first branch to `rate` at the last. The mean of a factor is 1.
+    within = (first, total): the batch is rows first .. first + batch of one of `total`.
+    # differs from timm's: there the two branches of a ViT's block share one rate.
+    """
+    first, total = within or (0, batch)
+    stay = 1 - torch.linspace(0, rate, depth)
+    return (torch.rand(total, depth, generator=generator)[first:first + batch] < stay) / stay
+
+
+def branch(y, drop, i):
+    """The output y of residual branch i times its factors in drop (B, branches), or as it is."""
+    return y if drop is None else y * drop[:, i].to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+
+
+# --- ViT ---
 
 def sincos_positions(dim, grid):
-    """Fixed 2-D sine-cosine position embedding, as MAE lays it out: (1, 1 + N, dim), zero for the cls token.
-
-    The first half of the channels encodes the column, the second the row.
+    """MAE's fixed position embedding, (1, 1 + N, dim): sines and cosines of the column in the first
+    half of the channels, of the row in the second. The cls token's is zero.
     """
-    def along(positions):                                                              # (N,) -> (N, dim / 2)
+    def along(positions):  # (N,) -> (N, dim / 2)
         omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
         angle = positions[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], dim=1)
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    table = torch.cat([along(columns.flatten()), along(rows.flatten())], dim=1)        # (N, dim)
-    return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)                # (1, 1 + N, dim)
-
-
-def fused_attention(device):
-    """Whether torch's fused attention is the faster kernel: on a GPU. On a CPU the product written out is, 3 to 8
-    times, from 17 to 197 tokens and batches of 8 to 256 (python tests/bench.py attention).
-    """
-    return device.type != "cpu"
+    axes = (torch.arange(n, dtype=torch.float64) for n in grid)
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    table = torch.cat([along(columns.flatten()), along(rows.flatten())], dim=1)  # (N, dim)
+    return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
 
 
 def attend(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v for (B, heads, N, d), by the kernel that is fastest on the device."""
-    if fused_attention(q.device):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype).contiguous())
+    """softmax(q k^T / sqrt(d) + bias) v for (B, heads, N, d). On a CPU the product written out is 3
+    to 8 times as fast as torch's fused kernel (python tests/bench.py attention).
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)
-    return (scores if bias is None else scores + bias.to(q.dtype)).softmax(dim=3) @ v
+    return (scores if bias is None else scores + bias).softmax(dim=3) @ v
 
 
 def relative_index(grid):
-    """Which row of a relative position table belongs to each pair of tokens, BEiT's layout: (1 + N, 1 + N) int64.
-
-    (2 gh - 1)(2 gw - 1) rows for the offsets of two patches, then cls to patch, patch to cls, cls to cls.
+    """Each pair of tokens' row in a relative position table, BEiT's layout: (1 + N, 1 + N) int64.
+    First (2 gh - 1)(2 gw - 1) offsets of patches, then cls to patch, patch to cls, cls to cls.
     """
     gh, gw = grid
-    row, column = (x.flatten() for x in torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij"))
-    dy, dx = (x[:, None] - x[None, :] for x in (row, column))                          # (N, N)
+    axes = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
+    dy, dx = (x.flatten()[:, None] - x.flatten()[None, :] for x in axes)  # (N, N)
     offsets = (2 * gh - 1) * (2 * gw - 1)
     index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.long)
     index[1:, 1:] = (dy + gh - 1) * (2 * gw - 1) + dx + gw - 1
-    index[0, 1:], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    index[0, 1:] = offsets
+    index[1:, 0] = offsets + 1
+    index[0, 0] = offsets + 2
     return index
 
 
@@ -107,14 +158,18 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
+        table = nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
+        self.relative_position_bias_table = table
 
     def forward(self, x, index=None):
         """x (B, N, D), index (B or 1, N, N): each pair's row of the table."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        bias = None if index is None else F.embedding(index, self.relative_position_bias_table).permute(0, 3, 1, 2)
-        x = attend(q, k, v, bias)                                                      # (B, heads, N, d)
+        bias = None
+        if index is not None:
+            bias = F.embedding(index, self.relative_position_bias_table.to(q.dtype))
+            bias = bias.permute(0, 3, 1, 2).contiguous()  # (B or 1, heads, N, N)
+        x = attend(q, k, v, bias)  # (B, heads, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -128,26 +183,8 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def drop_path(batch, depth, rate, generator, part=None):
-    """Stochastic depth: what each residual branch of each image is multiplied by, (batch, depth), 0 or 1 / (1 - r).
-
-    r rises linearly from 0 at the first branch to `rate` at the last (# differs from timm's: there the two branches of a
-    ViT's block share one rate); the mean of a factor is 1. part = (first, whole) draws for the whole batch, of which these
-    are the rows from `first` on. (torchvision's stochastic_depth draws from the global generator, so a run would depend on
-    how a batch is split.)
-    """
-    first, whole = part or (0, batch)
-    kept = 1 - torch.linspace(0, rate, depth)
-    return (torch.rand(whole, depth, generator=generator)[first:first + batch] < kept) / kept
-
-
-def branch(kept, i, y):
-    """The output y of residual branch i, dropped or made up for (drop_path)."""
-    return y if kept is None else y * kept[:, i].to(y.dtype).view(-1, *[1] * (y.ndim - 1))
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) -> (B, N, D). kept: (B, 2) from drop_path, or None."""
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D). drop: (B, 2) from drop_path, or None."""
 
     def __init__(self, dim, heads, offsets=0):
         super().__init__()
@@ -156,118 +193,96 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def forward(self, x, index=None, kept=None):
-        x = x + branch(kept, 0, self.attn(self.norm1(x), index))
-        return x + branch(kept, 1, self.mlp(self.norm2(x)))
+    def forward(self, x, index=None, drop=None):
+        x = x + branch(self.attn(self.norm1(x), index), drop, 0)
+        return x + branch(self.mlp(self.norm2(x)), drop, 1)
 
 
-class PatchEmbed(nn.Module):
-    """Holds the projection of a patch, under timm's name; ViT.encode applies it to the patches it keeps."""
-
-    def __init__(self, patch_size, channels, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
-
-
-class Normalized(nn.Module):
-    """Images come in as RGB (or N channels) in [0, 1]; the model normalises them itself. The two constants are no weights."""
-
-    def __init__(self, img_size, patch_size, channels, stride=1):
-        """img_size: int or (H, W), divisible by patch_size and by stride, else ValueError."""
-        super().__init__()
-        self.img_size, self.patch_size, self.channels = pair(img_size), patch_size, channels
-        for step, what in ((patch_size, "the patch size"), (stride, "the stride of the last stage")):
-            if any(side < step or side % step for side in self.img_size):
-                raise ValueError(f"image size {self.img_size[0]}x{self.img_size[1]} is not divisible by {what} {step}: "
-                                 f"choose multiples of {step}")
-        self.grid = tuple(side // patch_size for side in self.img_size)
-        rgb = channels == 3
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN if rgb else [0.45] * channels).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD if rgb else [0.225] * channels).view(-1, 1, 1), persistent=False)
-
-    def normalize(self, images):
-        """[0, 1] -> zero mean and unit deviation per channel over ImageNet."""
-        return (images - self.mean) / self.std
-
-    def denormalize(self, images):
-        return images * self.std + self.mean
+def xavier(m):
+    """MAE's initialisation: Xavier uniform for every projection (also of a patch), biases zero."""
+    if isinstance(m, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(m.weight.data.flatten(1))
+        nn.init.zeros_(m.bias)
 
 
-def unchanged(layer, features):
-    return features
+class ViT(Encoder):
+    """A plain vision transformer with timm's parameter names. num_classes 0: no head.
 
-
-class ViT(Normalized):
-    """A plain vision transformer with timm's parameter names.
-
-    img_size: int or (H, W), divisible by patch_size, else ValueError. num_classes 0: no head. relative_positions: a
-    bias on every pair of tokens, learned from zero (A2 A.2), under BEiT's names. pool: what the head is given, the cls
-    token (BM 4.2) or the mean of the patch tokens.
+    relative_positions: a bias on every pair of tokens, learned from zero (A2 A.2), under BEiT's
+    names. pool: what the head is given, the cls token (BM 4.2) or the mean of the patch tokens.
     """
+    tokens = True
+    first = "patch_embed.proj"
+    head_name = "head"
 
-    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3, num_classes=0,
-                 relative_positions=False, pool="cls"):
+    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3,
+                 num_classes=0, relative_positions=False, pool="cls"):
         super().__init__(img_size, patch_size, channels)
-        self.dim, self.branches, self.pool = dim, 2 * depth, pool
+        self.dim = dim
+        self.heads = heads
+        self.branches = 2 * depth
+        self.pool = pool
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        projection = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict(dict(proj=projection))  # timm's name
         index = relative_index(self.grid) if relative_positions else None
+        offsets = 0 if index is None else int(index.max()) + 1
         self.register_buffer("relative_index", index, persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, heads, 0 if index is None else int(index.max()) + 1) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, offsets) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(self._init)
+        self.head = classifier(dim, num_classes)
+        self.apply(xavier)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    @staticmethod
-    def _init(m):
-        """MAE's: Xavier uniform for every projection (the patch's too, as the matrix it is), biases zero."""
-        if isinstance(m, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(m.weight.data.flatten(1))
-            nn.init.zeros_(m.bias)
+    @property
+    def stages(self):
+        return [self.blocks]
 
-    def encode(self, images, hidden=None, after=unchanged, kept=None):
-        """images (B, C, H, W) in [0, 1], hidden (B, N) bool, the same count in every row -> (B, 1 + visible, D).
+    @property
+    def watched(self):
+        return [block.norm2 for block in self.blocks], self.blocks  # each attention; each MLP
 
-        Hidden patches are dropped before the projection: nothing of them reaches the encoder.
-        after(l, z) -> z stands behind the projection (l = 0, before positions are added) and each block l = 1 .. L: where
-        a mask token enters. kept: (B, 2 L) from drop_path, or None.
+    def encode(self, images, hidden=None, after=lambda l, z: z, drop=None):
+        """images (B, C, H, W) in [0, 1] -> (B, 1 + visible, D).
+
+        hidden (B, N) bool, the same count in every row: dropped before the projection, so nothing
+        of them reaches the encoder. after(l, z) -> z stands behind the projection (l = 0, before
+        positions are added) and each block. drop: (B, 2 L) from drop_path, or None.
         """
-        B, C, p, (gh, gw) = images.shape[0], self.channels, self.patch_size, self.grid
+        B, C = images.shape[:2]
+        p = self.patch_size
+        gh, gw = self.grid
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(B, gh * gw, C * p * p)                                           # (B, N, C p p)
-        position, index = self.pos_embed, self.relative_index                          # (1, 1 + N, D), (1 + N, 1 + N)
-        index = None if index is None else index[None]
+        x = x.reshape(B, gh * gw, C * p * p)  # (B, N, C p p)
+        position = self.pos_embed  # (1, 1 + N, D)
+        index = self.relative_index
+        index = None if index is None else index[None]  # (1, 1 + N, 1 + N)
         if hidden is not None:
             row, patch = (~hidden).nonzero(as_tuple=True)
-            x, tokens = x[row, patch].view(B, -1, C * p * p), F.pad(patch.view(B, -1) + 1, (1, 0))
-            position = position[0, tokens]                                             # (B, 1 + visible, D)
-            index = None if index is None else index[0, tokens[:, :, None], tokens[:, None, :]]
+            x = x[row, patch].view(B, -1, C * p * p)  # (B, visible, C p p)
+            seen = F.pad(patch.view(B, -1) + 1, (1, 0))  # (B, 1 + visible)
+            position = position[0, seen]
+            if index is not None:
+                index = index[0, seen[:, :, None], seen[:, None, :]]
         x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x.to(self.cls_token.dtype)], dim=1)
-        x = after(0, x) + position                                                     # (B, 1 + visible, D)
+        x = after(0, x) + position  # (B, 1 + visible, D)
         for l, block in enumerate(self.blocks, 1):
-            x = after(l, block(x, index, None if kept is None else kept[:, 2 * l - 2:2 * l]))
-        return self.norm(x)                                                            # (B, 1 + visible, D)
+            x = after(l, block(x, index, None if drop is None else drop[:, 2 * l - 2:2 * l]))
+        return self.norm(x)
 
-    def pooled(self, tokens):
-        """The features of an image, (B, 1 + N, D) -> (B, D). (# differs from MAE's mean pooling, which norms the mean; this
-        is the mean of normed tokens, and needs no other parameters than the cls token's.)
+    def pooled(self, z):
+        """(B, 1 + N, D) -> (B, D). # differs from MAE's mean pooling, which norms the mean: this
+        is the mean of normed tokens, and needs no parameters of its own.
         """
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
-
-    def forward(self, images, kept=None):
-        """Class scores (B, num_classes); features (B, D) when there is no head."""
-        return self.head(self.pooled(self.encode(images, kept=kept)))
+        return z[:, 0] if self.pool == "cls" else z[:, 1:].mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# ResNet
-# ---------------------------------------------------------------------------------------------------
+# --- ResNet ---
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes, and of its gradient: torch has it under private names only."""
+    """The sum of a tensor over all processes, and of its gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -279,202 +294,223 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes together, on any device: torch's own does that on GPUs only, where
-    `to_device` puts it in. One process: torch's batch norm as it is.
-    """
+    """Batch norm over the batches of all processes, on a CPU too. torch's own is for GPUs."""
 
     def forward(self, x):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
-        n, values = dist.get_world_size(), x.float()
-        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        here = (torch.arange(n, device=x.device) == dist.get_rank()).view(n, 1, 1)
-        moments = SumOverProcesses.apply(here * torch.stack([mean, variance]))                 # (processes, 2, C)
-        mean = moments[:, 0].mean(0)
-        variance = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(0)
+        n = dist.get_world_size()
+        z = x.float()
+        mean = SumOverProcesses.apply(z.mean((0, 2, 3))) / n  # (C,)
+        z = z - mean[:, None, None]
+        variance = SumOverProcesses.apply(z.square().mean((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             count = n * x.numel() / x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return (z * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def convolution(channels, out, kernel, stride=1):
     return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, (B, channels, h, w) -> (B, width, h / stride, w / stride). kept: (B, 1)
-    from drop_path, or None.
+class Residual(nn.Module):
+    """Convolutions beside a shortcut, (B, C, h, w) -> (B, out, h / stride, w / stride).
+
+    Basic: 3x3, 3x3. Bottleneck: 1x1, 3x3 (with the stride, as torchvision), 1x1 to 4 times `width`.
+    drop: (B, 1) from drop_path, or None.
     """
-    expansion = 1
 
-    def __init__(self, channels, width, stride=1):
+    def __init__(self, channels, width, stride, bottleneck):
         super().__init__()
-        self.conv1, self.bn1 = convolution(channels, width, 3, stride), BatchNorm(width)
-        self.conv2, self.bn2 = convolution(width, width, 3), BatchNorm(width)
+        layers = [(3, width, stride), (3, width, 1)]  # kernel, channels, stride
+        if bottleneck:
+            layers = [(1, width, 1), (3, width, stride), (1, 4 * width, 1)]
+        self.depth = len(layers)
+        before = channels
+        for i, (kernel, out, step) in enumerate(layers, 1):
+            self.add_module(f"conv{i}", convolution(before, out, kernel, step))
+            self.add_module(f"bn{i}", BatchNorm(out))
+            before = out
         self.downsample = None
-        if stride > 1 or channels != width:
-            self.downsample = nn.Sequential(convolution(channels, width, 1, stride), BatchNorm(width))
+        if stride > 1 or channels != out:
+            self.downsample = nn.Sequential(convolution(channels, out, 1, stride), BatchNorm(out))
 
-    def forward(self, x, kept=None):
+    def forward(self, x, drop=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = branch(kept, 0, self.bn2(self.conv2(y)))
+        y = self.bn2(self.conv2(y))
+        if self.depth == 3:
+            y = self.bn3(self.conv3(F.relu(y, inplace=True)))
+        y = branch(y, drop, 0)
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as torchvision), 1x1 beside a shortcut: (B, 4 width, h / stride, w / stride). kept: as
-    BasicBlock's.
-    """
-    expansion = 4
-
-    def __init__(self, channels, width, stride=1):
-        super().__init__()
-        self.conv1, self.bn1 = convolution(channels, width, 1), BatchNorm(width)
-        self.conv2, self.bn2 = convolution(width, width, 3, stride), BatchNorm(width)
-        self.conv3, self.bn3 = convolution(width, 4 * width, 1), BatchNorm(4 * width)
-        self.downsample = None
-        if stride > 1 or channels != 4 * width:
-            self.downsample = nn.Sequential(convolution(channels, 4 * width, 1, stride), BatchNorm(4 * width))
-
-    def forward(self, x, kept=None):
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = branch(kept, 0, self.bn3(self.conv3(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
-
-
-class ResNet(Normalized):
+class ResNet(Encoder):
     """A ResNet with torchvision's parameter names: four stages of strides 4, 8, 16, 32.
 
-    kind "basic" or "bottleneck", depths: blocks of each stage. img_size: int or (H, W), divisible by 32 and by
-    patch_size (which only says how large the patches of `hidden` are), else ValueError. num_classes 0: no head.
+    depths: blocks of each stage. patch_size only says how large the patches of `hidden` are.
     """
     stride = 32
 
-    def __init__(self, kind, depths, img_size=224, patch_size=16, channels=3, num_classes=0):
-        super().__init__(img_size, patch_size, channels, self.stride)
-        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[kind]
-        self.conv1, self.bn1 = nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False), BatchNorm(64)
+    def __init__(self, img_size=224, patch_size=16, depths=(3, 4, 6, 3), bottleneck=True,
+                 channels=3, num_classes=0):
+        super().__init__(img_size, patch_size, channels)
+        self.conv1 = nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = BatchNorm(64)
+        self.relu = nn.ReLU(inplace=True)
         width = 64
+        self.widths = [width]  # after the stem and each stage
         for stage, depth in enumerate(depths):
             blocks = []
             for i in range(depth):
-                blocks.append(block(width, 64 << stage, stride=2 if stage and i == 0 else 1))
-                width = (64 << stage) * block.expansion
+                blocks.append(Residual(width, 64 << stage, 2 if stage and not i else 1, bottleneck))
+                width = (256 if bottleneck else 64) << stage
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.dim, self.branches = width, sum(depths)
-        self.widths = [64, *((64 << stage) * block.expansion for stage in range(4))]   # after the stem and each stage
-        self.fc = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+            self.widths.append(width)
+        self.dim = width
+        self.branches = sum(depths)
+        self.fc = classifier(self.dim, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def encode(self, images, after=unchanged, kept=None):
+    @property
+    def stages(self):
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    @property
+    def watched(self):
+        return [self.layer1[0]], [self.relu, *super().watched[1]]  # pooling; stem and blocks
+
+    def encode(self, images, after=lambda l, z: z, drop=None):
         """images (B, C, H, W) in [0, 1] -> the last feature map (B, D, H / 32, W / 32).
 
-        after(l, z) -> z stands behind the stem (l = 0) and each stage l = 1 .. 4, as a ViT's behind its blocks.
-        kept: (B, blocks) from drop_path, or None.
+        after(l, z) -> z stands behind the stem (l = 0) and each stage. drop: (B, blocks) or None.
         """
         device = images.device.type
-        if device == "cpu" and images.shape[2] > images.shape[3] == 32 and torch.is_autocast_enabled(device):
-            # Up to torch 2.14, AMX convolutions (3x3, stride 2) of a map 2 wide and 3 or more high return memory that
-            # nobody wrote: stage 4 of such an image. In float32 they are right.
+        H, W = images.shape[2:]
+        if device == "cpu" and H > W == 32 and torch.is_autocast_enabled(device):
+            # Up to torch 2.14, AMX convolutions (3x3, stride 2) of a map 2 wide and 3 or more high
+            # return memory that nobody wrote: stage 4 of such an image. In float32 they are right.
             with torch.autocast(device, enabled=False):
-                return self.encode(images, after, kept)
-        z = F.relu(self.bn1(self.conv1(self.normalize(images))), inplace=True)         # (B, 64, H / 2, W / 2)
-        z = after(0, F.max_pool2d(z, 3, 2, padding=1))                                 # (B, 64, H / 4, W / 4)
+                return self.encode(images, after, drop)
+        z = self.relu(self.bn1(self.conv1(self.normalize(images))))
+        z = after(0, F.max_pool2d(z, 3, 2, padding=1))  # (B, 64, H / 4, W / 4)
         first = 0
-        for l, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
+        for l, stage in enumerate(self.stages, 1):
             for i, block in enumerate(stage, first):
-                z = block(z, None if kept is None else kept[:, i:i + 1])
-            z, first = after(l, z), first + len(stage)
+                z = block(z, None if drop is None else drop[:, i:i + 1])
+            z = after(l, z)
+            first += len(stage)
         return z
 
-    def pooled(self, z):
-        """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D), in float32."""
-        return z.float().mean((2, 3))
 
-    def forward(self, images, kept=None):
-        """Class scores (B, num_classes); features (B, D) when there is no head."""
-        return self.fc(self.pooled(self.encode(images, kept=kept)))
-
-
-# ---------------------------------------------------------------------------------------------------
-# BM: an encoder-decoder
-# ---------------------------------------------------------------------------------------------------
+# --- BM: an encoder-decoder ---
 
 class EncoderDecoder(ViT):
-    """MAE's asymmetric pair (BM section 3.2): the encoder sees visible tokens only; mask tokens are appended
-    before the decoder, which predicts every patch. Parameter names are the official MAE repository's.
+    """MAE's asymmetric pair (BM section 3.2), under the official MAE repository's names.
+
+    The encoder sees visible tokens only. The decoder is given mask tokens for the others.
     """
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3,
-                 decoder_depth=4, decoder_dim=384, decoder_heads=6, relative_positions=False):
-        super().__init__(img_size, patch_size, dim, depth, heads, channels, relative_positions=relative_positions)
+                 decoder=(4, 384, 6), relative_positions=False):
+        """decoder: its depth, width and heads."""
+        super().__init__(img_size, patch_size, dim, depth, heads, channels,
+                         relative_positions=relative_positions)
+        decoder_depth, decoder_dim, decoder_heads = decoder
+        positions = sincos_positions(decoder_dim, self.grid)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_embed = nn.Linear(dim, decoder_dim)
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads)
+                                            for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * channels)
-        self.apply(self._init)
+        self.apply(xavier)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def decode(self, tokens, hidden=None):
-        """Encoded tokens (B, 1 + visible, D) -> predicted patches (B, N, p p C), hidden and visible alike."""
-        x = self.decoder_embed(tokens)                                                 # (B, 1 + visible, d)
+    def decode(self, z, hidden=None):
+        """Encoded tokens (B, 1 + visible, D) -> predicted patches (B, N, p p C), all of them."""
+        x = self.decoder_embed(z)  # (B, 1 + visible, d)
         if hidden is not None:
-            B, N = hidden.shape
-            full = self.mask_token.to(x.dtype).expand(B, N, -1)
+            full = self.mask_token.to(x.dtype).expand(*hidden.shape, -1)
             x = torch.cat([x[:, :1], full.masked_scatter(~hidden[:, :, None], x[:, 1:])], dim=1)
-        x = x + self.decoder_pos_embed                                                 # (B, 1 + N, d)
+        x = x + self.decoder_pos_embed  # (B, 1 + N, d)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]                          # (B, N, p p C)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward(self, images, hidden=None):
-        """images (B, C, H, W) in [0, 1], hidden (B, N) bool or None -> predicted patches (B, N, p p C)."""
+        """images (B, C, H, W) in [0, 1], hidden (B, N) or None -> patches (B, N, p p C)."""
         return self.decode(self.encode(images, hidden), hidden)
 
 
-# ---------------------------------------------------------------------------------------------------
-# A2: a mask token in the feature maps, a linear head
-# ---------------------------------------------------------------------------------------------------
+# --- A2: a mask token in the feature maps, a linear head ---
 
-class MaskTokenMixin:
-    """A2 section 4 for any backbone: after layer `token_at`, z <- z + T * D(M); then one linear layer to pixels.
+class MaskToken:
+    """A2 section 4 for any family: after layer `token_at`, z <- z + T * D(M), then one linear layer
+    to pixels. For a map that is a 1x1 convolution, shuffled into the pixels of a position.
 
-    T: the mask token, one vector. D(M) in [0, 1]: the hidden patches at the size of the feature map.
-    token_how "add": the paper's. "replace": z <- z (1 - D(M)) + T D(M), SimMIM's.
-    # differs from the authors' code: theirs scales the hidden features by a learned factor that starts at 1e-6 before
-    # it adds T, nearly a replacement ("scaled"); and has T after the projection of its ImageNet ViTs (token_at 0).
+    T: the mask token, one vector. D(M) in [0, 1]: the hidden patches at the size of z.
+    token_at: 0 (after the projection or stem), 1 .. L, None: no token. token_how "add": the
+    paper's. "replace": z <- z (1 - D(M)) + T D(M), SimMIM's.
+    # differs from the authors' code: theirs scales the hidden features by a learned factor that
+    # starts at 1e-6 before it adds T ("scaled"); and has T after its ImageNet ViTs' projection.
     """
 
-    def add_mask_token(self, token_at, token_how, *shape):
-        """token_at: 0 (after the projection or stem), 1 .. L, or None for no token. shape: T's, broadcast to z."""
-        self.token_at, self.token_how = token_at, token_how
+    def __init__(self, *args, token_at=0, token_how="add", **more):
+        super().__init__(*args, **more)
+        self.token_at = token_at
+        self.token_how = token_how
+        if self.tokens:
+            self.decoder_pred = nn.Linear(self.dim, self.patch_size ** 2 * self.channels)
+            xavier(self.decoder_pred)
+            shape = (1, 1, self.dim)
+        else:
+            self.decoder_pred = nn.Conv2d(self.dim, self.stride ** 2 * self.channels, 1)
+            shape = (self.widths[token_at or 0], 1, 1)
         self.mask_token = self.mask_token_scale = None
         if token_at is not None:
             self.mask_token = nn.Parameter(0.02 * torch.randn(shape))
-        if token_at is not None and token_how == "scaled":
-            self.mask_token_scale = nn.Parameter(torch.full(shape, 1e-6))
+            if token_how == "scaled":
+                self.mask_token_scale = nn.Parameter(torch.full(shape, 1e-6))
+
+    def downsample(self, z, hidden):
+        """D: each position's hidden share in [0, 1], (B, 1 + N, 1) or (B, 1, h, w) as z is."""
+        if self.tokens:
+            return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)  # never the cls token
+        mask = hidden.view(-1, 1, *self.grid)
+        shrink = []
+        for dim, n in ((2, z.shape[2]), (3, z.shape[3])):  # to a common multiple, then averaged
+            common = math.lcm(n, mask.shape[dim])
+            mask = mask.repeat_interleave(common // mask.shape[dim], dim)
+            shrink.append(common // n)
+        return F.avg_pool2d(mask.float(), shrink).to(z.dtype)
 
     def inject(self, z, mask):
         """The token into features z where `mask`, D(M), says."""
-        token, kept = self.mask_token.to(z.dtype) * mask, z
         if self.token_how == "replace":
-            kept = z * (1 - mask)
+            z = z * (1 - mask)
         elif self.token_how == "scaled":
-            kept = z * (1 - mask) + z * self.mask_token_scale.to(z.dtype) * mask
-        return kept + token
+            z = z * (1 - mask) + z * self.mask_token_scale.to(z.dtype) * mask
+        return z + self.mask_token.to(z.dtype) * mask
+
+    def predict(self, z):
+        """Features -> predicted patches (B, N, p p C)."""
+        if self.tokens:
+            return self.decoder_pred(z[:, 1:])
+        p = self.patch_size
+        picture = F.pixel_shuffle(self.decoder_pred(z), self.stride)  # (B, C, H, W)
+        B, C = picture.shape[:2]
+        patches = F.pixel_unshuffle(picture, p).view(B, C, p * p, -1)  # (B, C, p p, N)
+        return patches.permute(0, 3, 2, 1).reshape(B, -1, p * p * C)
 
     def forward(self, images, hidden=None, token=True):
-        """images (B, C, H, W) in [0, 1], their hidden patches (B, N) filled -> predicted patches (B, N, p p C).
+        """images (B, C, H, W) in [0, 1], their hidden patches (B, N) filled -> (B, N, p p C).
 
         token False: without the mask token, to see what it is for (A2 Fig. A3).
         """
@@ -484,280 +520,285 @@ class MaskTokenMixin:
         return self.predict(self.encode(images, after=after))
 
 
-class TokenViT(MaskTokenMixin, ViT):
-    """SimMIM's and A2's ViT: all patches go through the encoder."""
+# --- By name ---
 
-    def __init__(self, *args, token_at=5, token_how="add", **more):
-        super().__init__(*args, **more)
-        self.decoder_pred = nn.Linear(self.dim, self.patch_size ** 2 * self.channels)
-        self._init(self.decoder_pred)
-        self.add_mask_token(token_at, token_how, 1, 1, self.dim)
-
-    def downsample(self, z, hidden):
-        return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)                           # (B, 1 + N, 1), never the cls token
-
-    def predict(self, z):
-        return self.decoder_pred(z[:, 1:])                                             # (B, N, p p C)
+class Network(NamedTuple):
+    """A row of MODELS."""
+    family: type  # an Encoder
+    sizes: dict  # its arguments
+    layers: int  # L, the last layer or stage a mask token may follow
+    middle: int  # the one it follows "in the middle" (A2 5.1)
+    decoder: str | None = None  # of an EncoderDecoder, DEPTHxWIDTHxHEADS. None: it has none
 
 
-class TokenResNet(MaskTokenMixin, ResNet):
-    """SimMIM's and A2's ResNet: a 1x1 convolution, its channels shuffled into the 32x32 pixels of a position."""
-
-    def __init__(self, *args, token_at=RESNET_STAGE, token_how="add", **more):
-        super().__init__(*args, **more)
-        self.decoder_pred = nn.Conv2d(self.dim, self.stride ** 2 * self.channels, 1)
-        self.add_mask_token(token_at, token_how, self.widths[token_at or 0], 1, 1)
-
-    def downsample(self, z, hidden):
-        """D: each position's hidden share, (B, 1, h, w). 0 or 1 where a position is no larger than a mask cell."""
-        mask, shrink = hidden.view(-1, 1, *self.grid), []
-        for dim, n in ((2, z.shape[2]), (3, z.shape[3])):                              # up to a common multiple, then averaged
-            common = math.lcm(n, mask.shape[dim])
-            mask, shrink = mask.repeat_interleave(common // mask.shape[dim], dim), shrink + [common // n]
-        return F.avg_pool2d(mask.float(), shrink).to(z.dtype)
-
-    def predict(self, z):
-        B, C, p = z.shape[0], self.channels, self.patch_size
-        picture = F.pixel_shuffle(self.decoder_pred(z), self.stride)                   # (B, C, H, W)
-        patches = F.pixel_unshuffle(picture, p).view(B, C, p * p, -1)                  # (B, C, p p, N)
-        return patches.permute(0, 3, 2, 1).reshape(B, -1, p * p * C)                   # (B, N, p p C)
+def vit(dim, depth, heads, middle, decoder="4x384x6"):
+    return Network(ViT, dict(dim=dim, depth=depth, heads=heads), depth, middle, decoder)
 
 
-# ---------------------------------------------------------------------------------------------------
-# By name; weights in and out
-# ---------------------------------------------------------------------------------------------------
+def resnet(*depths, bottleneck=True):
+    return Network(ResNet, dict(depths=depths, bottleneck=bottleneck), len(depths), 3)
+
+
+# BM A.1: 4 decoder blocks of width 384. A2 5.1: the middle of small and base, the others are ours.
+MODELS = {
+    "vit_micro": vit(128, 6, 4, 3, "2x64x2"),  # for a CPU: small images, small patches
+    "vit_tiny": vit(192, 12, 3, 5),
+    "vit_small": vit(384, 12, 6, 5),
+    "vit_base": vit(768, 12, 12, 8),  # BM section 4.1
+    "vit_large": vit(1024, 24, 16, 16),
+    "resnet18": resnet(2, 2, 2, 2, bottleneck=False),
+    "resnet34": resnet(3, 4, 6, 3, bottleneck=False),
+    "resnet50": resnet(3, 4, 6, 3),
+    "resnet101": resnet(3, 4, 23, 3),
+    "resnet152": resnet(3, 8, 36, 3),
+}
+
 
 def token_layer(name, token_at):
-    """Where the mask token of a model of MODELS enters: "decoder", None (nowhere), or the layer or stage it follows.
+    """Where a model's mask token enters: "decoder", None (nowhere), or the layer it follows.
 
-    token_at: "decoder", "none", "input" (layer 0), "middle" (the paper's) or a number. ValueError for another.
+    token_at: "decoder", "none", "input" (layer 0), "middle" (the paper's) or a number.
     """
-    resnet, deepest = name in RESNETS, 4 if name in RESNETS else VITS[name][0][1]
-    if token_at == "decoder" and resnet:
-        raise ValueError(f"--token_at decoder: a {name} has to see every pixel, so it has no such decoder: choose input, middle, "
-                         "none or a stage 1 .. 4")
-    words = {"decoder": "decoder", "none": None, "input": 0, "middle": RESNET_STAGE if resnet else VITS[name][2]}
+    row = MODELS[name]
+    words = {"none": None, "input": 0, "middle": row.middle}
+    if row.decoder:
+        words["decoder"] = "decoder"
     if token_at in words:
         return words[token_at]
-    if str(token_at).isdecimal() and int(token_at) <= deepest:
+    if str(token_at).isdecimal() and int(token_at) <= row.layers:
         return int(token_at)
-    raise ValueError(f"--token_at {token_at}: {name} takes {'' if resnet else 'decoder, '}input, middle, none or a "
-                     f"{'stage' if resnet else 'layer'} 0 .. {deepest}")
+    raise ValueError(f"--token_at {token_at}: {name} takes {', '.join(words)} or 0 .. {row.layers}")
 
 
-def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add", decoder=None,
-                   relative_positions=False):
-    """A model of MODELS that recovers an image: images (B, C, H, W), hidden (B, N) -> patches (B, N, p p C).
+def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0, relative_positions=False,
+            pool="cls"):
+    """The encoder alone of a model of MODELS."""
+    family, sizes = MODELS[name][:2]
+    more = dict(relative_positions=relative_positions, pool=pool) if family.tokens else {}
+    return family(img_size, patch_size, channels=channels, num_classes=num_classes, **sizes, **more)
 
-    token_at: as in token_layer; None is "decoder", for a ResNet "middle". At the decoder the model is an EncoderDecoder,
-    else a TokenViT or a TokenResNet. decoder: "DEPTHxWIDTHxHEADS" (MAE's is 8x512x16), only where there is one.
-    ValueError for what a model cannot have.
+
+def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None, token_how="add",
+                   decoder=None, relative_positions=False):
+    """A model that recovers an image: images (B, C, H, W), hidden (B, N) -> patches (B, N, p p C).
+
+    token_at: token_layer's; None: "decoder" where there is one, else "middle". decoder:
+    "DEPTHxWIDTHxHEADS" (MAE's is 8x512x16); None: that of MODELS.
     """
-    layer = token_layer(name, token_at if token_at is not None else "middle" if name in RESNETS else "decoder")
-    if layer != "decoder" and decoder:
-        raise ValueError(f"decoder {decoder}: with the token at {token_at} one linear layer predicts the pixels, there is no "
-                         "decoder: leave it out")
-    if name in RESNETS:
-        if relative_positions:
-            raise ValueError(f"relative positions are a ViT's: {name} has no attention")
-        return TokenResNet(*RESNETS[name], img_size, patch_size, channels, token_at=layer, token_how=token_how)
-    dim, depth, heads = VITS[name][0]
-    more = dict(channels=channels, relative_positions=relative_positions)
+    row = MODELS[name]
+    if token_at is None:
+        token_at = "decoder" if row.decoder else "middle"
+    layer = token_layer(name, token_at)
+    more = dict(row.sizes, channels=channels)
+    if relative_positions:
+        if not row.family.tokens:
+            raise ValueError(f"no relative positions: {name} has no attention")
+        more.update(relative_positions=True)
     if layer != "decoder":
-        return TokenViT(img_size, patch_size, dim, depth, heads, token_at=layer, token_how=token_how, **more)
+        if decoder:
+            raise ValueError(f"decoder {decoder}: with the token at {token_at} there is no decoder")
+        Token = type(f"Token{row.family.__name__}", (MaskToken, row.family), {})
+        return Token(img_size, patch_size, token_at=layer, token_how=token_how, **more)
     try:
-        decoder_depth, decoder_dim, decoder_heads = map(int, decoder.split("x")) if decoder else VITS[name][1]
-        if decoder_depth < 0 or min(decoder_heads, decoder_dim) < 1 or decoder_dim % (4 * decoder_heads):
-            raise ValueError
+        depth, dim, heads = map(int, (decoder or row.decoder).split("x"))
+        right = depth >= 0 and heads > 0 and dim > 0 and dim % (4 * heads) == 0
     except ValueError:
-        raise ValueError(f"decoder '{decoder}' is not DEPTHxWIDTHxHEADS with a width divisible by 4 x heads: try 4x384x6")
-    return EncoderDecoder(img_size, patch_size, dim, depth, heads, decoder_depth=decoder_depth, decoder_dim=decoder_dim,
-                          decoder_heads=decoder_heads, **more)
-
-
-def encoder(name, img_size=224, patch_size=16, channels=3, num_classes=0, relative_positions=False, pool="cls"):
-    """The ViT or ResNet alone of a model of MODELS."""
-    if name in RESNETS:
-        return ResNet(*RESNETS[name], img_size, patch_size, channels, num_classes)
-    dim, depth, heads = VITS[name][0]
-    return ViT(img_size, patch_size, dim, depth, heads, channels, num_classes, relative_positions, pool)
+        right = False
+    if not right:
+        raise ValueError(f"decoder '{decoder}' is not DEPTHxWIDTHxHEADS with a width divisible by "
+                         "4 x heads: try 4x384x6")
+    return EncoderDecoder(img_size, patch_size, decoder=(depth, dim, heads), **more)
 
 
 def to_device(model, device):
-    """The model on its device, as the device likes it: a ResNet in channels-last memory (on a CPU 1.1 to 1.5 times as
-    fast: python tests/bench.py memory), its batch norms torch's synchronised ones where GPUs share a batch.
+    """The model on its device. Maps are in channels-last memory there (on a CPU 1.1 to 1.5 times as
+    fast: python tests/bench.py memory). Where GPUs share a batch, batch norms are torch's.
     """
-    if not isinstance(model, ResNet):
+    if model.tokens:
         return model.to(device)
-    if device.type == "cuda" and dist.is_initialized():         # torch's are CUDA only
+    if device.type == "cuda" and dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
 
 
+# --- Weights in and out ---
+
+RECOVERY = ("decoder", "mask_token")  # names of what only recovers the image: no backbone
+
+
 def read_weights(path):
-    """A file of tensors and plain values, or that of a run's folder, as a dict. ValueError if it is missing, damaged, or
-    holds code.
-    """
+    """A file of tensors and plain values, or that of a run's folder, as a dict."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):            # MAE's files keep their options so
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's files hold options
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no weights at {path}")
-    except Exception as error:                                  # unpickling fails in as many ways as there are files
-        why = "it holds pickled objects, which could run code" if "GLOBAL" in str(error) else \
-            f"it is damaged or of another kind ({type(error).__name__})"
-        raise ValueError(f"{path} was not read: {why}. Give a file written by torch.save with tensors only")
+    except Exception as error:  # unpickling fails in as many ways as there are files
+        code = "GLOBAL" in str(error)
+        why = "holds objects, which could run code" if code else "is damaged or of another kind"
+        raise ValueError(f"{path} {why}: give a file of tensors that torch.save wrote")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state
 
 
-RECOVERY = ("decoder", "mask_token")                    # names of what only recovers the image: no part of the backbone
+def tensors(state):
+    """What a file holds -> its weights {name: tensor}, and the prefix taken off their names.
+
+    Of several networks in a file it is the first.
+    """
+    for key in ("model", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    found = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}
+    if not found or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
+                         "give a state dict, or a dict with it as 'model' or 'state_dict'")
+    found = {name.replace("_orig_mod.", ""): x for name, x in found.items()}
+    firsts = {f"{row.family.first}.weight" for row in MODELS.values()}
+    ends = [name.removesuffix(first) for name in found for first in firsts
+            if f".{name}".endswith(f".{first}")]
+    prefix = max(ends, key=lambda end: sum(n.startswith(end) for n in found), default="")
+    return {n.removeprefix(prefix): x for n, x in found.items() if n.startswith(prefix)}, prefix
 
 
 class Loaded(NamedTuple):
     """What load_weights did, by parameter name."""
     loaded: list
-    missing: list                       # in the model, not loaded
-    unexpected: list                    # in the file, not in the model
-    resized: list                       # position embeddings brought to this image size
+    missing: list  # in the model, not loaded
+    unexpected: list  # in the file, not in the model
+    resized: list  # positions brought to this image size
+    prefix: str  # taken off the names
 
     def __str__(self):
         def few(names):
-            return f"{len(names)}" + (f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "")
-        return (f"weights: {len(self.loaded)} loaded, {few(self.resized)} resized, {few(self.missing)} missing, "
-                f"{few(self.unexpected)} not used")
+            return f"{len(names)} ({', '.join(names[:4])}{', ...' * (len(names) > 4)})"
+        return (f"weights: {len(self.loaded)} loaded, {few(self.resized)} resized, "
+                f"{few(self.missing)} missing, {few(self.unexpected)} not used"
+                + f", '{self.prefix}' taken off the names" * bool(self.prefix))
 
 
-def resize_square(rows, size):
-    """(n^2, D) of a square grid -> (h w, D) of one of size = (h, w), bicubic."""
-    side = round(len(rows) ** 0.5)
-    if side * side != len(rows):
-        raise ValueError(f"{len(rows)} positions are not of a square image: they cannot be resized")
-    grid = rows.float().T.view(1, -1, side, side)
-    return F.interpolate(grid, size, mode="bicubic", align_corners=False)[0].flatten(1).T
+def resize_grid(rows, old, new):
+    """A row for each cell of a grid `old` = (h, w), (h w, D) -> for each cell of `new`, bicubic."""
+    maps = rows.float().T.reshape(1, -1, *old)
+    return F.interpolate(maps, new, mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
-def resize_positions(table, grid):
-    """Position embedding (1, 1 + n^2, D) of a square grid -> (1, 1 + N, D) for grid = (rows, columns)."""
-    return torch.cat([table[:, :1].float(), resize_square(table[0, 1:], grid)[None]], dim=1)
+def resize_positions(table, old, new):
+    """Position embedding (1, 1 + N, D) of a grid of patches `old` -> of `new`."""
+    return torch.cat([table[:, :1].float(), resize_grid(table[0, 1:], old, new)[None]], dim=1)
 
 
-def resize_relative(table, grid):
-    """Relative position table ((2n - 1)^2 + 3, heads) of a square grid -> that of grid = (rows, columns)."""
-    return torch.cat([resize_square(table[:-3], [2 * n - 1 for n in grid]), table[-3:].float()])
+def resize_relative(table, old, new):
+    """Relative position table (offsets + 3, heads) of a grid of patches `old` -> of `new`."""
+    old, new = ([2 * n - 1 for n in grid] for grid in (old, new))
+    return torch.cat([resize_grid(table[:-3], old, new), table[-3:].float()])
 
 
-def tensors(state):
-    """The weights in what a file holds, by name: {name: tensor}."""
-    for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+def grid_of(state, weights, grid):
+    """The weights' patches: by the run's configuration, else a square, else the model's `grid`."""
+    config = state.get("config")
+    if config:
+        return tuple(side // config["patch_size"] for side in config["img_size"])
+    count = weights["pos_embed"].shape[1] - 1
+    side = math.isqrt(count)
+    if side * side == count:
+        return side, side
+    if count != math.prod(grid):
+        raise ValueError(f"{count} positions are not of a square image: they cannot be resized")
+    return grid
 
 
-def load_weights(model, source):
-    """Load a path or a state dict (ours, the MAE repository's, timm's or torchvision's names) into `model` -> Loaded.
+def load_weights(model, source, head=True):
+    """Load a path or a dict (ours, MAE's, timm's or torchvision's names) into `model` -> Loaded.
 
-    Position embeddings and relative position tables of another number of patches are resized, from a square image's;
-    of the same number they are taken as they are, so weights of 4x6 patches do not suit 6x4. A head of another shape is
-    left out, and so is what recovers the image when the weights recover it in another way. ValueError when a backbone
-    parameter has another shape, or when the blocks are not those of the model, none missing and none left over (a relative
-    position bias may be missing: it is learned from zero).
+    The backbone must fit by names and shapes. Positions of another grid are resized, and a relative
+    position bias may be missing: it is learned from zero. A classifier of another shape is left out
+    (head False: any). What recovers the image is left out if the weights do it in another way.
     """
-    state = tensors(read_weights(source) if isinstance(source, (str, os.PathLike)) else source)
-    own, resized = model.state_dict(), []
-    other_way = ("decoder_embed.weight" in state) != ("decoder_embed.weight" in own)       # of recovering: none of it fits
-    unused = [n for n in state if other_way and n.startswith(RECOVERY)]
-    state = {n: v for n, v in state.items() if n not in unused}
-    for name in [n for n in state if n in own and state[n].shape != own[n].shape]:
-        if name.endswith("pos_embed") and state[name].shape[2] == own[name].shape[2]:
-            state[name] = resize_positions(state[name], model.grid)
-            resized.append(name)
-        elif name.endswith("relative_position_bias_table") and state[name].shape[1] == own[name].shape[1]:
-            state[name] = resize_relative(state[name], model.grid)
-            resized.append(name)
-        elif name.startswith(("head.", "fc.")) or name.startswith(RECOVERY) and "decoder_embed.weight" not in own:
-            del state[name]
-        else:
-            options = "--model, --patch_size and kind of --data (grey or colour)"
-            if name.startswith(RECOVERY):
-                options = "--decoder (MAE's is 8x512x16)"
-            raise ValueError(f"{name} is {tuple(state[name].shape)} in the weights and {tuple(own[name].shape)} in the model: "
-                             f"choose the {options} the weights were made with")
-    loaded = [n for n in state if n in own]
-    if not any(n.startswith(("blocks.", "layer")) for n in loaded):
-        raise ValueError(f"none of the backbone is in these weights: they have {', '.join(list(state)[:4]) or 'no tensors'} ..., "
-                         f"the model {', '.join(list(own)[:4])} ...")
-    blocks = ("blocks.", "layer", *["decoder_blocks."] * ("decoder_embed.weight" in state))
-    absent = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]      # files older than torch 0.4.1
-    missing = [n for n in absent if n.startswith(blocks) and "relative_position" not in n]
-    over = [n for n in state if n not in own and n.startswith(blocks)]
+    state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
+    weights, prefix = tensors(state)
+    own = model.state_dict()
+    names = list(weights)
+    resized = []
+    if f"{model.first}.weight" not in weights:
+        raise ValueError("none of the backbone is in these weights: they have "
+                         f"{', '.join(names[:4])} ..., the model {', '.join(list(own)[:4])} ...")
+
+    # what is no part of the backbone is taken where it fits; two decoders must be the same
+    decoders = ["decoder_embed.weight" in x for x in (weights, own)]
+    free = (f"{model.head_name}.", *(() if all(decoders) else RECOVERY))
+    for name in [n for n in names if n.startswith(free)]:
+        wanted = head if name.startswith(free[0]) else not any(decoders)
+        if not wanted or name not in own or own[name].shape != weights[name].shape:
+            del weights[name]
+
+    # positions of another grid
+    old = grid_of(state, weights, model.grid) if "pos_embed" in weights else model.grid
+    for name in [n for n in weights if n in own and old != model.grid]:
+        for end, resize in (("pos_embed", resize_positions), ("bias_table", resize_relative)):
+            if name.endswith(end) and own[name].shape[-1] == weights[name].shape[-1]:
+                weights[name] = resize(weights[name], old, model.grid)
+                resized.append(name)
+
+    # the rest must be the same
+    for name in [n for n in weights if n in own and own[n].shape != weights[n].shape]:
+        raise ValueError(f"{name} is {tuple(weights[name].shape)} in the weights and "
+                         f"{tuple(own[name].shape)} in the model: choose their --model, --decoder, "
+                         "--patch_size and kind of --data (grey or colour)")
+    absent = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
+    missing = [n for n in absent if not n.startswith(free) and "relative_position" not in n]
+    over = [n for n in weights if n not in own]
     if missing or over:
-        option = "--model and --relative_positions" if any("relative_position" in n for n in over) else \
-            "--decoder" if all(n.startswith("decoder") for n in missing + over) else "--model"
-        raise ValueError(f"the blocks of these weights are not the model's: {len(missing)} missing ({', '.join(missing[:2])}), "
-                         f"{len(over)} left over ({', '.join(over[:2])}): choose the {option} the weights were made with")
-    model.load_state_dict(state, strict=False)
-    return Loaded(loaded, absent, [n for n in state if n not in own] + unused, resized)
+        text = (f"{len(x)} {what} ({', '.join(x[:2])})" for x, what in
+                ((missing, "missing"), (over, "left over")))
+        raise ValueError(f"the weights are not the model's: {', '.join(text)}: choose the --model, "
+                         "--decoder and --relative_positions they were made with")
+    model.load_state_dict(weights, strict=False)
+    return Loaded(list(weights), absent, [n for n in names if n not in weights], resized, prefix)
+
+
+def load_encoder(run, **given):
+    """The encoder of a run (its folder or file), in eval(): images in [0, 1] -> features (B, D).
+    given: model, img_size, patch_size, pool, where the file does not say them.
+    """
+    state = read_weights(run)
+    c = {"pool": "cls", **(state.get("config") or {}), **given}
+    weights, _ = tensors(state)
+    if not {"model", "img_size", "patch_size"} <= {*c}:
+        raise ValueError(f"{run} is of no run: give model=, img_size= and patch_size=")
+    first = weights.get(f"{MODELS[c['model']].family.first}.weight")
+    channels = 3 if first is None else first.shape[1]
+    relative = any("relative_position" in name for name in weights)
+    model = encoder(c["model"], c["img_size"], c["patch_size"], channels, 0, relative, c["pool"])
+    load_weights(model, state)
+    model.strict = True
+    return model.eval()
 
 
 def export(state):
-    """The plain backbone of a model's state dict, under timm's (`vit_*_patch16_224`) or torchvision's names: no decoder,
-    no mask token, nothing of its memory format.
-    """
-    return {k: v.contiguous() for k, v in state.items() if not k.startswith(RECOVERY)}
-
-
-# ---------------------------------------------------------------------------------------------------
-# python models.py
-# ---------------------------------------------------------------------------------------------------
-
-def flops(model, images, hidden=None):
-    """FLOPs of one forward pass (a multiply-add counts two), by torch's counter: matrix products and convolutions.
-
-    A training step takes three times as many: forward, and backward for inputs and for weights.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images) if hidden is None else model(images, hidden)
-    return counter.get_total_flops()
+    """The backbone in a state dict: no decoder, no mask token, nothing of its memory format."""
+    if not any(f"{row.family.first}.weight" in state for row in MODELS.values()):
+        raise ValueError(f"there is no backbone in {', '.join(list(state)[:4])} ...")
+    return {n: x.contiguous() for n, x in state.items() if not n.startswith(RECOVERY)}
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Parameters, FLOPs and shapes of each model; or --export.", allow_abbrev=False)
-    p.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "OUT"),
-                   help="write the encoder alone, under timm's or torchvision's names")
+    p = argparse.ArgumentParser(description="The models; or --export.", allow_abbrev=False)
+    p.add_argument("--export", nargs=2, metavar=("RUN", "OUT"), help="write the encoder alone")
     args = p.parse_args(argv)
     if args.export:
+        run, out = args.export
         try:
-            torch.save(export(tensors(read_weights(args.export[0]))), f"{args.export[1]}.part")
-            os.replace(f"{args.export[1]}.part", args.export[1])                               # whole or not at all
+            torch.save(export(tensors(read_weights(run))[0]), f"{out}.part")
+            os.replace(f"{out}.part", out)  # whole or not at all
         except (ValueError, OSError, RuntimeError) as error:
             p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")
-        return print(f"wrote {args.export[1]}")
+        return print(f"wrote {out}")
     for name in MODELS:
-        size, patch = (32, 4) if name == "vit_micro" else (224, 16)
-        ways = ("middle",) if name in RESNETS else ("decoder", "middle")
-        with torch.device("meta"):                              # shapes only: no time for initialising
-            alone, *ways = encoder(name, size, patch), *((at, recovery_model(name, size, patch, token_at=at)) for at in ways)
-        count = sum(p.numel() for p in alone.parameters())
-        alone, images = alone.to_empty(device="cpu").eval(), torch.zeros(1, 3, size, size)
-        print(f"{name}: {size} px, patch {patch}: encoder {count / 1e6:.2f} M parameters, "
-              f"{flops(alone, images) / 1e9:.3f} GFLOPs an image")
-        for at, model in ways:
-            model, trail = model.to_empty(device="cpu").eval(), []
-            hidden = torch.arange((size // patch) ** 2)[None] >= (size // patch) ** 2 // 4
-            for part in ("blocks.0", "layer1", "layer2", "layer3", "layer4", "norm", "decoder_embed", "decoder_norm",
-                         "decoder_pred"):
-                if hasattr(model, part.split(".")[0]):
-                    of = model.get_submodule(part)[-1] if part.startswith("layer") else model.get_submodule(part)
-                    of.register_forward_hook(lambda module, inputs, out, part=part: trail.append(f"{part} {tuple(out.shape)}"))
-            masked = flops(model, images, hidden)
-            recover = sum(p.numel() for n, p in model.named_parameters() if n.startswith(RECOVERY))
-            where = "in the decoder" if at == "decoder" else f"after {'stage' if name in RESNETS else 'layer'} {model.token_at}"
-            print(f"    token {where}: {recover / 1e6:.2f} M more parameters; with 75% hidden {masked / 1e9:.3f} GFLOPs\n"
-                  f"    images (1, 3, {size}, {size}) -> " + " -> ".join(trail))
+        with torch.device("meta"):
+            count = sum(x.numel() for x in encoder(name).parameters())
+        print(f"{name}: {count / 1e6:.2f} M parameters")
 
 
 if __name__ == "__main__":

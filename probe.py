@@ -1,16 +1,16 @@
-"""Measure an encoder as it is, its weights frozen: k-NN, linear probe, non-linear probe. *Beyond Masking* (BM) section 5,
-*A2MIM* (A2) section 5.2.
+"""Measure an encoder as it is, its weights frozen: k-NN, linear probe, non-linear probe.
 
-    python probe.py --weights runs/zoom_in_mask-vit_micro-shapes               k-NN and linear probe, a minute on a laptop
-    python probe.py --weights runs/zoom_in_mask-vit_micro-shapes --blocks 2    and two transformer blocks, a few more
-    python probe.py --weights none                                             random weights, to compare
-    python probe.py --weights RUN --data /path/to/imagenet                     on a GPU
+    python probe.py --weights runs/zoom_in_mask-vit_micro-shapes              a minute on a laptop
+    python probe.py --weights runs/zoom_in_mask-vit_micro-shapes --blocks 2   a few minutes more
+    python probe.py --weights none                                            random, to compare
+    python probe.py --weights RUN --data /path/to/imagenet                    on a GPU
 
-One process. The backbone is in eval() and never changes, so its features are computed once: of the central part of every
-image, with no augmentation. Prints one line of JSON last, also saved as result.json in --out; accuracies in %.
+*Beyond Masking* (BM) section 5, *A2MIM* (A2) section 5.2. One process. The backbone is in eval()
+and never changes. Its features are computed once, of the central part of every image, with no
+augmentation. The last line is JSON, also saved as result.json in --out. Accuracies are in %.
 """
+import json
 import math
-import os
 import sys
 
 import torch
@@ -21,63 +21,157 @@ from tqdm import tqdm
 import finetune
 import models
 import pretrain
-from pretrain import AUTOCAST, BLOCKS, LINEAR, BadRequest, Failure, learning_rate, samples, seeded
+from pretrain import check, learning_rate, load_data, positive_int, precision, samples, seeded
 
-BATCH, STORE = 256, 4 * 2 ** 30                                 # images at once; bytes of tokens to keep at most
-STEPS = 2000                                                    # of fitting to a small set, whose epochs are short, at least
+LINEAR, BLOCKS = 102, 103  # further streams of random numbers
+BATCH, STORE = 256, 4 * 2 ** 30  # images at once; most bytes of tokens kept
+STEPS = 2000  # of a fit to a small set, at least
 
 
-def encode(model, data, rows, c, place, tokens=False, note="", bad_files=None):
-    """Yields (features (k, D) float32, labels (k,), None or tokens (k, T, D)) of the images of `rows`, in order, by the frozen
-    model. A ResNet's tokens are the positions of its last map. Images that cannot be read are left out.
+def main(argv=None):
+    args, weights = options(argv)
+    process = pretrain.set_up(args.device)
+    check(process.world == 1, f"one process, not {process.world}: start it with python")
+    data, val = (load_data(args, process, split, labelled=True) for split in ("train", "val"))
+    check(data.classes == val.classes, f"{args.data}: train and val have other classes")
+    if args.labels:
+        data = finetune.few_labels(data, args.labels, args.seed)
+    classes, amp = len(data.classes), precision(args, process.device)
+    args.epochs = args.epochs or max(20, math.ceil(STEPS / math.ceil(len(data) / BATCH)))
+    model = load_model(args, weights, data.channels, process)
+    print(f"{args.model} from {args.weights} on {args.data}, {data.found} of {classes} classes, "
+          f"measured on {val.found}\n{args.img_size}, the central {args.test_crop:g}, features: "
+          f"{args.pool}, {process.device}, {args.amp} -> {args.out}", flush=True)
+
+    train, test = (all_features(model, images, args, process, amp, args.blocks)
+                   for images in (data, val))
+    votes = knn(*train[:2], test[0], classes)
+    figures = dict(knn=accuracy(votes, test[1], "knn")["knn"])  # 20 votes name no top five
+    print(f"k-NN {figures['knn']}%", flush=True)
+
+    head = linear_probe(*train[:2], classes, model.tokens, args.seed)
+    with torch.no_grad():
+        figures.update(accuracy(head(test[0]), test[1], "linear"))
+    print(f"linear probe {figures['linear']}%", flush=True)
+
+    if args.blocks:
+        scores = blocks_probe(model, data, val, train, test, args, process, amp)
+        figures.update(accuracy(scores, test[1], "nonlinear"))
+
+    names = "model", "data", "labels", "seed", "weights", "blocks"
+    config = pretrain.config_of(args)
+    line = json.dumps(dict({k: config[k] for k in names}, **figures, images=len(test[1])))
+
+    def write():
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, text in (("config", json.dumps(config, indent=1)), ("result", line)):
+            path = args.out / f"{name}.json"
+            pretrain.write_whole(path, lambda file: file.write(text.encode() + b"\n"))
+    pretrain.on_rank_0(write, process)
+    print(line)
+
+
+# --- The command ---
+
+def load_model(args, weights, channels, process, classes=0):
+    """The encoder with its weights, frozen, in eval(); what was loaded is printed."""
+    torch.manual_seed(args.seed)
+    model = models.encoder(args.model, args.img_size, args.patch_size, channels, classes,
+                           args.relative_positions, args.pool)
+    if weights is not None:
+        print(models.load_weights(model, weights), flush=True)
+    return models.to_device(model, process.device).eval().requires_grad_(False)
+
+
+def defaults_of(run, defaults):
+    """The defaults of open_run for what is shown to a frozen encoder: as its run was measured."""
+    names = ("data", "model", "root", "img_size", "patch_size", "pool", "relative_positions",
+             "test_crop")
+    if defaults.get("test_size"):  # a ResNet's, trained at another
+        defaults["img_size"] = [defaults["test_size"]]
+    return {name: defaults[name] for name in names if name in defaults}
+
+
+def options(argv=None):
+    """The command line, and what the file of --weights holds."""
+    first = pretrain.Parser(add_help=False)
+    finetune.first_options(first.add_argument)
+    chosen, _ = first.parse_known_args(argv)
+    weights, run, defaults = finetune.open_run(chosen.weights, chosen.data, chosen.model)
+    p = pretrain.Parser(parents=[first], description=__doc__.split("\n")[0])
+    o = p.add_argument
+    o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
+    finetune.encoder_options(o)
+    o("--labels", type=positive_int, help="keep so many labelled images a class, chosen by --seed")
+    o("--blocks", type=int, choices=(2, 4), help="also so many transformer blocks on the tokens")
+    o("--epochs", type=positive_int, help="of --blocks; None: 20, or as many as make 2,000 steps")
+    o("--out", type=pretrain.folder_path,
+      help="None: runs/probe-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED]")
+    pretrain.machine_options(o)
+    p.set_defaults(**defaults_of(run, defaults))
+    args = p.parse_args(argv)
+    args.img_size = [args.img_size[0], args.img_size[-1]]
+    blocks = args.blocks and f"blocks{args.blocks}"
+    args.out = args.out or pretrain.folder_path(
+        f"runs/{finetune.run_name('probe', args, blocks)}")
+    return args, weights
+
+
+# --- Features ---
+
+@torch.no_grad()
+def encode(model, data, rows, args, process, amp):
+    """Yields features (k, D), tokens (k, T, D) and labels (k,) of the images of `rows`, in order.
+    A ResNet's tokens are the positions of its last map.
     """
-    bad_files = bad_files or pretrain.BadFiles(len(data), 1)
-    parts = data.plain(rows, BATCH, c["img_size"], c["test_crop"], device=place.device, workers=c["workers"])
-    for views, labels, unread in tqdm(parts, note, math.ceil(len(rows) / BATCH), leave=False, disable=not note, unit="batch"):
-        bad_files.meet_few(unread, place)
-        if views is None:
-            continue
-        with torch.no_grad(), torch.autocast(place.device.type, *AUTOCAST[c["amp"]]):
+    for views, labels in data.plain(rows, BATCH, args.img_size, process.device,
+                                    workers=args.workers, crop=args.test_crop):
+        with torch.autocast(process.device.type, amp, enabled=amp is not None):
             z = model.encode(views)
-        yield model.pooled(z).float(), labels, (z if z.ndim == 3 else z.flatten(2).transpose(1, 2)) if tokens else None
+        yield model.pooled(z).float(), z if z.ndim == 3 else z.flatten(2).transpose(1, 2), labels
 
 
-def precision_kept(c):
-    """The precision that tokens are kept in: that of --amp."""
-    return AUTOCAST[c["amp"]][0] or torch.float32
+def all_features(model, data, args, process, amp, blocks=False):
+    """Features (n, D) and labels (n,) of all images that can be read, and for `blocks` their
+    tokens (n, T, D), or None where they would take more than STORE bytes. Nothing is held twice.
+    """
+    n, at, tokens, labels = len(data), 0, None, []
+    features = torch.empty(n, model.dim, device=process.device)
+    found = encode(model, data, torch.arange(n), args, process, amp)
+    for z, t, y in tqdm(found, "features", math.ceil(n / BATCH), leave=False):
+        kind = amp or torch.float32
+        if not at and blocks and n * t[0].numel() * kind.itemsize <= STORE:
+            tokens = torch.empty(n, *t.shape[1:], dtype=kind, device=process.device)
+        rows = slice(at, at + len(z))
+        features[rows] = z
+        if tokens is not None:
+            tokens[rows] = t
+        labels.append(y)
+        at += len(z)
+    pretrain.refuse_bad(data, n - at, process)
+    features = features[:at]
+    check(features.isfinite().all(), "the features are not finite: try --amp off, other --weights")
+    return features, torch.cat(labels), None if tokens is None else tokens[:at]
 
 
-def gather(model, data, c, place, note, tokens=False):
-    """encode of all images of `data`, each in one tensor."""
-    rows, kept, at = torch.arange(len(data)), None, 0
-    features, labels = [], []
-    for z, y, t in encode(model, data, rows, c, place, tokens, note):
-        features.append(z), labels.append(y)
-        if tokens:                                              # room for all at once: no second copy when they are joined
-            if kept is None:
-                kept = torch.empty(len(data), *t.shape[1:], dtype=precision_kept(c), device=t.device)
-            kept[at:at + len(t)] = t
-            at += len(t)
-    return torch.cat(features), torch.cat(labels), kept[:at] if tokens else None
-
+# --- Three probes ---
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
-    """The classes' votes (m, classes) of the k training features (n, D) nearest to each test feature (m, D) by cosine
-    similarity s, a vote counting exp(s / temperature).
+    """The votes for each class (m, classes) of the k training features (n, D) nearest to each test
+    feature (m, D). A vote counts exp(s / temperature), s the cosine similarity.
     """
-    train, test, k = F.normalize(train, dim=1), F.normalize(test, dim=1), min(k, len(train))
-    votes = []
-    for some in test.split(max(1, 2 ** 27 // len(train))):      # half a GiB of similarities at once
-        near, which = (some @ train.T).topk(k)
-        of_class = torch.zeros(len(some), classes, device=test.device)
+    k, length, votes = min(k, len(train)), train.norm(dim=1).clamp(min=1e-12), []
+    for rows in test.split(max(1, 2 ** 27 // len(train))):  # half a GiB of similarities at once
+        s = (F.normalize(rows, dim=1) @ train.T).div_(length)
+        near, which = s.topk(k)
+        of_class = torch.zeros(len(rows), classes, device=test.device)
         votes.append(of_class.scatter_add_(1, labels[which], ((near - 1) / temperature).exp()))
     return torch.cat(votes)
 
 
 class LARS(torch.optim.Optimizer):
-    """LARS, as MAE probes: You et al., Large Batch Training of Convolutional Networks (arXiv 1708.03888), Algorithm 1.
-
-    g <- 0.001 |w| / |g| g for matrices, 1 where a norm is 0; then momentum: m <- 0.9 m + g, w <- w - lr m.
+    """LARS (arXiv 1708.03888, Algorithm 1), as MAE probes. For matrices g <- 0.001 |w| / |g| g,
+    unless a norm is 0. Then m <- 0.9 m + g and w <- w - lr m.
     """
 
     def __init__(self, params, lr):
@@ -94,25 +188,33 @@ class LARS(torch.optim.Optimizer):
                 w.sub_(group["lr"] * m)
 
 
-def linear_probe(train, labels, classes, resnet, seed=0):
-    """Fit a linear classifier to features (n, D) -> the fitted module, in eval(), (m, D) -> (m, classes).
+def linear_probe(train, labels, classes, vit, seed=0):
+    """Fit a linear classifier to features (n, D) -> a module (m, D) -> (m, classes), in eval().
 
-    ViT: MAE's protocol, batch norm without affine before it, LARS, lr 0.1 x 16384 / 256, batch 16384 (all, if there are
-    fewer), cosine after a ninth of warm-up, 90 epochs. These are 7,000 steps on ImageNet; small sets get at least 2,000.
-    ResNet: MoCo's, SGD, lr 30, momentum 0.9, batch 256, 100 epochs, a tenth of the lr from epoch 60 and again from 80.
+    A ViT gets MAE's protocol: batch norm without affine, LARS, lr 0.1 x 16384 / 256, batch 16384,
+    cosine after a ninth of warm-up, 90 epochs. Small sets get at least 2,000 steps.
+    A ResNet gets MoCo's: SGD, lr 30, momentum 0.9, batch 256, 100 epochs, a tenth of the lr from
+    epoch 60 and again from 80.
     """
     n, D = train.shape
     linear = nn.Linear(D, classes)
     nn.init.normal_(linear.weight, std=0.01, generator=seeded(seed, LINEAR))
     nn.init.zeros_(linear.bias)
-    head = nn.Sequential(*([] if resnet else [nn.BatchNorm1d(D, affine=False, eps=1e-6)]), linear).to(train.device)
-    optimizer = torch.optim.SGD(linear.parameters(), lr=30, momentum=0.9) if resnet else LARS(linear.parameters(), lr=6.4)
-    batch = min(256 if resnet else 16384, n)
-    total = math.ceil(100 * n / batch) if resnet else max(90 * (n // batch), STEPS)
+    if vit:
+        norm, batch = nn.BatchNorm1d(D, affine=False, eps=1e-6), min(16384, n)
+        head = nn.Sequential(norm, linear).to(train.device)
+        optimizer = LARS(linear.parameters(), lr=6.4)
+        total = max(90 * (n // batch), STEPS)
+    else:
+        head, batch = nn.Sequential(linear).to(train.device), min(256, n)
+        optimizer = torch.optim.SGD(linear.parameters(), lr=30, momentum=0.9)
+        total = math.ceil(100 * n / batch)
     for step in tqdm(range(total), desc="linear probe", unit="step", leave=False):
-        rows = samples(step, batch, n, seed)[:, 1].to(train.device) if batch < n else slice(None)
+        rows = slice(None)
+        if batch < n:
+            rows = samples(step, batch, n, seed)[:, 1].to(train.device)
         lr = learning_rate(step, total, total // 9, 6.4)
-        if resnet:
+        if not vit:
             lr = 30 * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
@@ -122,14 +224,14 @@ def linear_probe(train, labels, classes, resnet, seed=0):
 
 
 class BlocksProbe(nn.Module):
-    """BM section 5: transformer blocks, then pooling and a linear classifier, on frozen tokens (B, T, D)."""
+    """BM section 5: transformer blocks, pooling and a linear classifier on tokens (B, T, D)."""
 
     def __init__(self, dim, heads, blocks, classes, cls):
         super().__init__()
-        self.cls = cls                                          # the cls token, or the mean of the patches
+        self.cls = cls  # the cls token, or the mean of the patches
         self.blocks = nn.ModuleList(models.Block(dim, heads) for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
-        self.apply(models.ViT._init)
+        self.apply(models.xavier)
 
     def forward(self, tokens, first):
         """first: where the patches begin, after a ViT's cls token."""
@@ -139,62 +241,50 @@ class BlocksProbe(nn.Module):
         return self.head(tokens[:, 0] if self.cls else tokens[:, first:].mean(1))
 
 
-def blocks_probe(model, data, val, train, test, c, place):
-    """Train BlocksProbe on the frozen model's tokens -> scores (m, classes) and labels (m,) of the images of val.
+def blocks_probe(model, data, val, train, test, args, process, amp):
+    """Train BlocksProbe on the frozen model's tokens -> scores of val's images (m, classes).
 
-    train, test: what gather found; without tokens in them, which would take more than 4 GiB, they are computed anew each
-    epoch. BM gives no recipe: AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a tenth of it warm-up, no augmentation,
-    20 epochs, of a small set as many as make 2,000 steps.
+    train and test are what `all_features` found. Where it kept no tokens they are computed anew
+    each epoch. BM gives no recipe. Ours is AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a
+    tenth of warm-up, no augmentation, and --epochs.
     """
-    resnet, device, n = c["model"] in models.RESNETS, place.device, len(train[1])
-    torch.manual_seed(c["seed"])
-    heads = max(1, model.dim // 64) if resnet else models.VITS[c["model"]][0][2]
-    probe = BlocksProbe(model.dim, heads, c["blocks"], len(data.classes), not resnet and c["pool"] == "cls").to(device)
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(probe, 0.05), lr=1e-3, fused=True)
-    scaler, bad_files = torch.amp.GradScaler(device.type, enabled=c["amp"] == "fp16"), pretrain.BadFiles(len(data), 1)
+    vit, device = model.tokens, process.device
+    torch.manual_seed(args.seed)
+    heads = model.heads if vit else max(1, model.dim // 64)
+    probe = BlocksProbe(model.dim, heads, args.blocks, len(data.classes),
+                        vit and args.pool == "cls").to(device)
+    groups = pretrain.parameter_groups(probe, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    def batches(of, found, rows):
-        if found[2] is None:
-            return ((t, y) for _, y, t in encode(model, of, rows, c, place, tokens=True, bad_files=bad_files))
-        return ((found[2][some], found[1][some]) for some in rows.to(device).split(BATCH))
+    def batches(images, found, epoch=None):
+        tokens, labels = found[2], found[1]
+        n = len(images) if tokens is None else len(tokens)
+        rows = torch.arange(n)
+        if epoch is not None:
+            rows = torch.randperm(n, generator=seeded(args.seed, BLOCKS, epoch))
+        if tokens is None:
+            return ((t, y) for _, t, y in encode(model, images, rows, args, process, amp))
+        return ((tokens[index], labels[index]) for index in rows.to(device).split(BATCH))
 
     def scores_of(tokens):
-        with torch.autocast(device.type, *AUTOCAST[c["amp"]]):
-            return probe(tokens.float(), 0 if resnet else 1).float()
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            return probe(tokens.float(), 1 if vit else 0).float()
 
-    images = n if train[2] is not None else len(data)           # of what is read anew some may not be readable
-    step, total = 0, c["epochs"] * math.ceil(images / BATCH)
-    for epoch in tqdm(range(c["epochs"]), f"{c['blocks']} blocks", unit="epoch", leave=False):
-        order = torch.randperm(images, generator=seeded(c["seed"], BLOCKS, epoch))
-        for tokens, labels in batches(data, train, order):
+    total = args.epochs * math.ceil(len(data) / BATCH)
+    steps = iter(range(total))
+    for epoch in tqdm(range(args.epochs), f"{args.blocks} blocks", unit="epoch", leave=False):
+        for tokens, labels in batches(data, train, epoch):
+            lr = learning_rate(next(steps), total, total // 10, 1e-3)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, total // 10, 1e-3)
+                group["lr"] = lr
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(scores_of(tokens), labels)).backward()
             scaler.step(optimizer)
             scaler.update()
-            step += 1
     probe.eval()
-    rows = torch.arange(len(val) if test[2] is None else len(test[1]))
     with torch.no_grad():
-        found = [(scores_of(tokens), labels) for tokens, labels in batches(val, test, rows)]
-    return tuple(torch.cat(x) for x in zip(*found))
-
-
-SAYS = dict(finetune.SAYS, img_size="that of the run in --weights; else 224 or, for the small sets, 32, for a ResNet 64",
-            epochs="20, or as many as make 2,000 steps", out="runs/probe-WEIGHTS-DATA[-LABELS][-DRAW][-BLOCKS][-SEED]")
-COMMON = ("data", "root", "download", "model", "img_size", "patch_size", "epochs", "seed", "device", "amp", "workers", "out",
-          "weights")
-
-
-def options():
-    p = pretrain.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    pretrain.common_options(p, SAYS, COMMON)
-    finetune.weights_options(p)
-    p.add_argument("--blocks", type=int, choices=(2, 4),
-                   help="also the non-linear probe, of so many transformer blocks (BM section 5), for --epochs")
-    finetune.labels_options(p)
-    return p
+        return torch.cat([scores_of(tokens) for tokens, _ in batches(val, test)])
 
 
 def accuracy(scores, labels, name):
@@ -204,55 +294,5 @@ def accuracy(scores, labels, name):
     return {name: top1, f"{name}_top5": top5}
 
 
-SAME = ("data", "model", "img_size", "patch_size", "relative_positions", "pool", "labels", "draw", "seed", "blocks",
-        "epochs")
-
-
-def run(args):
-    """One measurement, from the command line's options. Returns the exit code."""
-    state, place = finetune.open_weights(args), pretrain.set_up(args.device)
-    if place.world > 1:
-        raise BadRequest(f"probe.py is one process, and torchrun started {place.world}: start it with python")
-    if args.epochs is not None and (not args.blocks or args.epochs < 1 or args.epochs % 1):
-        raise BadRequest(f"--epochs {args.epochs:g} is for --blocks, and a whole number above 0")
-    data, val = finetune.labelled_data(args, place)
-    if len(data) < 2:
-        raise BadRequest(f"{args.data} has {len(data)} image to fit to: a probe needs two or more")
-    recipe = finetune.recipe_of("small" if finetune.is_small(args.data) else "deit", args.data, args.model)
-    c = dict(vars(args), script="probe", test_size=0, test_crop=None)
-    pretrain.settle(c, {k: recipe[k] for k in ("model", "img_size", "patch_size", "pool", "test_crop")})
-    resnet, classes = c["model"] in models.RESNETS, len(data.classes)
-    epochs = c["epochs"] or max(20, math.ceil(STEPS / math.ceil(len(data) / BATCH)))
-    finetune.refuse_for_resnet(args)
-    pretrain.not_negative(c, "seed", "workers")
-    c.update(channels=data.channels, pool=None if resnet else c["pool"], epochs=int(epochs) if c["blocks"] else None,
-             workers=pretrain.loaders(c["workers"], place), amp=pretrain.precision(c["amp"], place.device),
-             device=str(place.device), out=c["out"] or os.path.join("runs", finetune.folder_name("probe", c)))
-    model, loaded = finetune.load_model(c, state, place)
-    model.eval().requires_grad_(False)
-    finetune.make_folder(c, place, ("weights", *SAME))
-    print(loaded or "random weights", f"{c['model']} from {c['weights']} on {c['data']}, {len(data):,} images of {classes} "
-          f"classes, {finetune.measured_line(c, len(val))}, features: {c['pool'] or 'mean'}",
-          pretrain.device_line(c, place), sep="\n", flush=True)
-    positions = math.prod(c["img_size"]) // (models.ResNet.stride if resnet else c["patch_size"]) ** 2 + (not resnet)
-    room = precision_kept(c).itemsize * (len(data) + len(val)) * positions * model.dim
-    tokens = bool(c["blocks"]) and room <= STORE
-    train, test = gather(model, data, c, place, "features", tokens), gather(model, val, c, place, "features of val", tokens)
-    if not (train[0].isfinite().all() and test[0].isfinite().all()):
-        raise Failure("the features are not finite: try --amp off, or other --weights")
-    votes = knn(train[0], train[1], test[0], classes)
-    figures = dict(knn=accuracy(votes, test[1], "knn")["knn"])                                 # 20 votes name no top five
-    print(f"k-NN {figures['knn']}%", flush=True)
-    head = linear_probe(train[0], train[1], classes, resnet, c["seed"])
-    with torch.no_grad():
-        figures.update(accuracy(head(test[0]), test[1], "linear"))
-    print(f"linear probe {figures['linear']}%", flush=True)
-    if c["blocks"]:
-        figures.update(accuracy(*blocks_probe(model, data, val, train, test, c, place), "nonlinear"))
-        print(f"{c['blocks']} blocks {figures['nonlinear']}%", flush=True)
-    finetune.report(c, dict(figures, images=len(test[1])), SAME)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(pretrain.command(run, options))
+    sys.exit(pretrain.command(main))

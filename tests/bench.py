@@ -1,30 +1,32 @@
-"""How fast is it? Images per second, and as a share of the matrix-product peak measured in the same run.
+"""How fast is it? Images per second, and as a share of the peak of matrix products beside it.
 
     python tests/bench.py                most of it, about twenty minutes on 2 CPU cores
-    python tests/bench.py step profile   only these: step a2mim finetune analyze profile degrade input processes attention
-                                         memory budget compile
+    python tests/bench.py step profile   only these, of: step a2mim finetune analyze profile degrade
+                                         input processes attention memory budget compile
 
-Every figure is the median of several timed repetitions after warm-up, its spread (lowest - highest) beside it.
-FLOPs of a training step: three times the forward pass (forward, gradient of inputs, gradient of weights), of which
-torch's counter counts the matrix products, two FLOPs a multiply-add. For T tokens of width D a block's forward
-takes 24 T D^2 + 4 T^2 D, a patch projection 2 N p p C D. The last line is one JSON object with every figure.
+A figure is the median of several repetitions after warm-up, with the lowest and the highest. The
+last line is one JSON object of all. FLOPs are those of the matrix products and convolutions of a
+forward pass, counted by torch's FlopCounterMode, a multiply-add as two: a block of T tokens of
+width D has 24 T D^2 + 4 T^2 D. A training step has three times as many: forward, the gradient of
+inputs, the gradient of weights. The peak is that of matrices of 2048 x 2048.
 """
-import glob
 import json
+import math
 import os
-import platform
 import resource
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import numpy as np
+import table1  # it finds the others
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets, io, transforms
 
 import analyze
 import degrade
@@ -32,314 +34,317 @@ import finetune
 import losses
 import models
 import pretrain
-import table1
 
-place = pretrain.set_up()
-device, figures = place.device, {}
-amp = pretrain.precision("auto", device)
-
-
-def clock(work, repeat, warm_up=1):
-    """Seconds of each of `repeat` calls, after warm-up."""
-    times = []
-    for i in range(warm_up + repeat):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times[warm_up:]
+process = pretrain.set_up("cuda" if torch.cuda.is_available() else "cpu")
+device, figures, asked = process.device, {}, pretrain.options([])
+amp = pretrain.precision(asked, device)  # a dtype; asked.amp is its name
 
 
-def report(name, values, unit, note=""):
-    middle = statistics.median(values)
-    figures[name] = dict(median=round(middle, 4), low=round(min(values), 4), high=round(max(values), 4), unit=unit,
-                         **({"note": note} if note else {}))
-    print(f"{name:44} {middle:10.3f} {unit}  ({min(values):.3f} - {max(values):.3f}) {note}", flush=True)
-    return middle
+def seconds(work):
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def peak(dtype, n=2048):
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return [2 * n ** 3 / s / 1e9 for s in clock(lambda: a @ b, 15, 3)]
+def in_turn(repeat, *works):
+    """Seconds of each work, in turn, after warm-up: (repeat, works)."""
+    return [[*map(seconds, works)] for _ in range(repeat + 1)][1:]
 
 
-def make_step(*flags, compiled=False, channels_last=True):
-    """The core of pretrain.train on one batch of random views, as the command line `flags` settle it -> the step, its
-    images, and the FLOPs it takes an image.
-    """
-    c = pretrain.resolve(pretrain.options().parse_args(list(flags)), place, 10 ** 6, 3)
-    S, patch, batch = tuple(c["img_size"]), c["patch_size"], c["batch_size"]
-    model = pretrain.build(c)
-    model = models.to_device(model, device) if channels_last else model.to(device)
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-4, betas=tuple(c["betas"]), fused=True)
-    view = torch.rand(batch, 3, *c["view"], device=device)
-    few = degrade.degrade(view[:2], c["task"], S, patch, pretrain.seeded(0), **c["settings"])
-    forward = models.flops(model, few.inputs, few.hidden) / 2
-    if compiled:
-        model.compile()
+def clock(work, repeat):
+    return [s for s, in in_turn(repeat, work)]
+
+
+def report(name, values, unit="", note=""):
+    found = dict(median=median(values), low=min(values), high=max(values))
+    figures[name] = {k: round(v, 4) for k, v in found.items()} | dict(unit=unit, note=note)
+    print(f"{name:60}", *figures[name].values(), flush=True)
+
+
+def report_speed(name, n, seconds, note=""):
+    report(name, [n / s for s in seconds], "images/s", note)
+
+
+def report_ratio(name, pairs):
+    report(name, [b / a for a, b in pairs], "x")
+
+
+def products(dtype):
+    a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
+    return lambda: [a @ b for _ in range(5)]
+
+
+def compare(label, ours, what, other, repeat):
+    """A step of shape[0] images, `flop` each, another step, and the peak, in turn."""
+    peak, one, two = zip(*in_turn(repeat, products(amp or torch.float32), ours, other))
+    report(f"{label}: peak {asked.amp}", [10 * 2.048 ** 3 / s for s in peak], "GFLOP/s")
+    report_speed(label, ours.shape[0], one, f"{ours.flop / 1e9:.2f} GFLOPs an image")
+    share = ours.flop * ours.shape[0] / (10 * 2048 ** 3)
+    report(f"{label}: share of peak", [share * p / s for p, s in zip(peak, one)])
+    report_ratio(f"{label}: {what}, time", zip(one, two))
+
+
+PAPER = "--data tests --batch_size 32 --model "  # any folder has the paper's sizes
+VIT_B, RESNET, SMALL = "ViT-B/16 at 224, batch 32", "ResNet-50 at 224, batch 32", "small ViT, 32 px"
+NETWORKS = {VIT_B: PAPER + "vit_base", "ViT-S/16 at 224, batch 32": PAPER + "vit_small",
+            RESNET: PAPER + "resnet50", f"{SMALL}, batch 256": "--model vit_micro",
+            "ResNet-18, 64 px, batch 256": "--model resnet18"}
+# what settling a command line asks of data
+DATA = pretrain.MemorySet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), range(10 ** 6), range(10), "")
+
+
+def flops(model, *inputs):
+    """FLOPs of a forward pass, an image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() / len(inputs[0])
+
+
+def autocast(dtype=amp):
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def training_step(model, args, loss_of, view, forward, kind="adamw", decay=1):
+    """The other half of a training loop. forward: FLOPs."""
+    scale = finetune.layer_scale(model, decay)
+    groups = pretrain.parameter_groups(model, args.weight_decay, scale)
+    optimizer = finetune.OPTIMIZERS[kind](groups, lr=1e-4, betas=tuple(args.betas))
 
     def step():
-        d = degrade.degrade(view, c["task"], S, patch, pretrain.seeded(1), **c["settings"])
-        with torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
-            prediction = model(d.inputs, d.hidden)
-        losses.recovery_loss(prediction, model.normalize(d.target), S, patch, d.counted, **pretrain.the_loss(c)).backward()
-        if c["clip"]:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
+        loss_of().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step, batch, 3 * forward
+        optimizer.zero_grad()
+    step.shape, step.flop = view.shape, 3 * forward
+    return step
 
 
-def paper(model, *flags):
-    """A model at the paper's size, batch 32: the flags of make_step."""
-    return "--data", "/a/folder", "--model", model, "--batch_size", "32", *flags
+def make_step(flags, to_device=models.to_device):
+    """The core of pretrain.main's loop on random views, as the command line `flags` settles it."""
+    args = pretrain.options(shlex.split(flags))
+    pretrain.settle(args, process, DATA)
+    size, p = tuple(args.img_size), args.patch_size
+    model = to_device(models.recovery_model(
+        args.model, size, p, 3, args.token_at, args.token_how, args.decoder), device)
+    view = torch.rand(args.batch_size, 3, *args.view, device=device)
 
+    def damaged(view):
+        return degrade.degrade(view, args.task, size, p, pretrain.seeded(1), **args.settings)
 
-def compare(label, ours, other, what, repeat, key=None):
-    """Two steps and the peak, measured in turn so that a slow minute hits all alike."""
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
-    (one, batch, flop), (two, _, _) = ours, other
-    seconds, slower, shares, peaks = [], [], [], []
-    for i in range(repeat + 1):
-        top, a, b = statistics.median(peak(dtype)), clock(one, 1, 0)[0], clock(two, 1, 0)[0]
-        if i:
-            seconds.append(a), slower.append(b / a), shares.append(flop * batch / a / 1e9 / top), peaks.append(top)
-    report(f"{label}: peak {amp}", peaks, "GFLOP/s")
-    report(f"{label}", [batch / s for s in seconds], "images/s", f"{flop / 1e9:.2f} GFLOPs an image")
-    report(f"{label}: share of peak", shares, "")
-    report(f"{label}: {what}", slower, "")
-    if key:
-        figures.setdefault("_step_seconds", {})[key] = statistics.median(seconds) / batch
+    def loss_of():
+        d = damaged(view)
+        with autocast():
+            prediction = model(d.inputs, d.hidden)
+        return losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted,
+                                    args.norm_target, args.band_weight, args.loss, args.freq)
+    forward = flops(model, *damaged(view[:2])[:2])
+    if args.compile:
+        model.compile()
+    return training_step(model, args, loss_of, view, forward)
 
 
 def step():
-    """Training steps of Beyond Masking against the peak."""
-    report("peak float32, GFLOP/s", peak(torch.float32), "GFLOP/s")
-    for label, flags, repeats, key in (("ViT-B/16 at 224, batch 32", paper("vit_base"), 15, "vit_base"),
-                                       ("default small model, batch 256", (), 30, None)):
-        mask, joined = (make_step(*flags, "--task", task) for task in ("mask", "zoom_in_mask"))
-        compare(f"{label}, mask", mask, joined, "zoom_in_mask / mask, time", repeats, key)
+    """Beyond Masking."""
+    found = clock(products(torch.float32), 5)
+    report("peak float32, GFLOP/s", [10 * 2.048 ** 3 / s for s in found], "GFLOP/s")
+    for label, flags, repeat in ((f"{VIT_B}, mask", NETWORKS[VIT_B], 15),
+                                 ("default small model, batch 256, mask", "", 30)):
+        mask, joined = (make_step(f"--task {task} {flags}") for task in ("mask", "zoom_in_mask"))
+        compare(label, mask, "zoom_in_mask / mask", joined, repeat)
 
 
 def a2mim():
-    """Training steps of A2MIM against the peak, and what the frequency loss adds to them."""
-    for label, flags in (("ViT-S/16 at 224, batch 32", paper("vit_small")),
-                         ("ResNet-50 at 224, batch 32", paper("resnet50")),
-                         ("small ViT, 32 px, batch 256", ("--model", "vit_micro")),
-                         ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
-        task = ("--task", "a2mim", "--freq_weight")
-        without, with_it = (make_step(*flags, *task, weight) for weight in ("0", "0.5"))
-        compare(f"{label}, a2mim without frequency loss", without, with_it, "with / without, time", 9)
-        B, C, side = (32, 3, 224) if "224" in label else (256, 3, 64 if "64" in label else 32)
-        x, y = (torch.rand(B, C, side, side, device=device, requires_grad=r) for r in (True, False))
-        hidden = torch.rand(B, 1, side, side, device=device) < 0.6
-        whole = clock(make_step(*flags, *task, "0.5")[0], 3)
-        alone = clock(lambda: losses.focal_frequency(x, y, hidden).backward(), 9, 2)
-        report(f"{label}: frequency loss alone / step", [t / statistics.median(whole) for t in alone], "")
+    """A2MIM, and its frequency loss."""
+    for label, flags in [*NETWORKS.items()][1:]:
+        without, with_it = (make_step(f"--task a2mim --freq_weight {weight} {flags}")
+                            for weight in (0, 0.5))
+        compare(f"{label}, a2mim without frequency loss", without, "with / without", with_it, 9)
+        x, y = torch.rand(2, *with_it.shape, device=device)
+        found = in_turn(5, with_it, lambda: losses.focal_frequency(
+            x.requires_grad_(), y, y[:, :1] < 0.6).backward())
+        report_ratio(f"{label}: frequency loss alone / step", found)
 
 
-def finetuning():
-    """Fine-tuning steps by the papers' recipes against the peak, features of a frozen encoder, RandAugment."""
-    for label, flags in (("ViT-B/16, deit, batch 32", paper("vit_base")),
-                         ("ResNet-50, rsb_a3 at 160, batch 32", paper("resnet50")),
-                         ("small ViT, 32 px, batch 64", ("--data", "shapes", "--model", "vit_micro"))):
-        batch, classes = (64, 10) if "64" in label else (32, 1000)
-        nothing = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-        data = pretrain.MemorySet(nothing, None, device, [str(i) for i in range(classes)])
-        c = finetune.resolve(finetune.options().parse_args(list(flags)), place, data, 1000)
-        model = finetune.load_model(dict(c, channels=3), None, place, len(data.classes))[0]
-        optimizer = finetune.optimizer_of(c, model)
-        prepare, loss_of = finetune.step_of(c, model, len(data.classes), device)
-        view, labels = torch.rand(batch, 3, *c["img_size"], device=device), torch.zeros(batch, dtype=torch.long, device=device)
+def finetune_():
+    """By the papers' recipes; frozen features; RandAugment."""
+    for label, classes, flags in (
+            ("ViT-B/16, deit, batch 32", 1000, NETWORKS[VIT_B]),
+            ("ResNet-50, rsb_a3 at 160, batch 32", 1000, NETWORKS[RESNET]),
+            (f"{SMALL}, batch 64", 10, "")):
+        args, _, _ = finetune.options(flags.split())
+        finetune.settle(args, process, DATA)
+        n = args.batch_size
+        model = models.to_device(models.encoder(
+            args.model, args.img_size, args.patch_size, 3, classes, pool=args.pool), device)
+        view = torch.rand(n, 3, *args.img_size, device=device)
+        labels = torch.full((n, classes), 1 / classes, device=device)
+        drop = models.drop_path(n, model.branches, args.drop_path, pretrain.seeded(0))
 
-        def train():
-            loss_of(model, prepare(view, labels, 0, (0, batch))).backward()
-            if c["clip"]:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        def loss_of():
+            images, targets = finetune.mix(view, labels, args.mixup, args.cutmix,
+                                           np.random.default_rng(0))
+            with autocast():
+                scores = model(images, drop.to(device) if args.drop_path else None)
+            return finetune.class_loss(scores, targets, args.loss, args.smoothing)
 
         def features():
-            with torch.no_grad(), torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
+            with torch.no_grad(), autocast():
                 model.pooled(model.encode(view))
-        forward = models.flops(model, view[:2]) / 2
-        compare(f"fine-tuning: {label}", (train, batch, 3 * forward), (features, batch, forward),
-                "frozen features / step, time", 7)
-    picture = (torch.rand(3, 224, 224) * 255).byte()
-    seconds = clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5) for i in range(20)], 5)
-    report("RandAugment at 224, one image at a time", [20 / s for s in seconds], "images/s")
+        step = training_step(model, args, loss_of, view, flops(model, view[:2]), args.optimizer,
+                             args.layer_decay)
+        compare(f"fine-tuning: {label}", step, "frozen features / step", features, 7)
+    picture = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    found = clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5)
+                           for i in range(20)], 5)
+    report_speed("RandAugment at 224, one image at a time", 20, found)
 
 
-def analyses():
-    """Forward passes of the interactions against the peak, lower precision beside float32; the passes of the feature maps."""
-    for label, name, size, p in (("ViT-S/16 at 224", "vit_small", 224, 16), ("ResNet-50 at 224", "resnet50", 224, 16),
-                                 ("small ViT, 32 px", "vit_micro", 32, 4)):
-        model = models.to_device(models.encoder(name, size, p, num_classes=10, pool="mean").eval(), device)
-        image, base = torch.rand(1, 3, size, size, device=device), torch.full((3,), 0.5, device=device)
-        n, label_of = (size // p) ** 2, torch.zeros(1, dtype=torch.long, device=device)
-        pairs, contexts = analyze.near_pairs((size // p, size // p))[:2 if size > 32 else 8], 10 if size > 32 else 60
-        passes, forward = len(pairs) * 4 * (2 + contexts), models.flops(model, image)  # orders 0 and n - 2 have one context
+@torch.no_grad()
+def analyze_():
+    """Passes of interactions and of feature maps."""
+    for label, name, S, p, pairs, contexts, n in (
+            ("ViT-S/16 at 224", "vit_small", 224, 16, 2, 10, 16),
+            ("ResNet-50 at 224", "resnet50", 224, 16, 2, 10, 16),
+            (SMALL, "vit_micro", 32, 4, 8, 60, 64)):
+        model = models.to_device(models.encoder(name, S, p, num_classes=10).eval(), device)
+        views, players = torch.rand(n, 3, S, S, device=device), (S // p) ** 2
+        label_of, near = torch.tensor([0], device=device), analyze.near_pairs((S // p, S // p))
 
-        def interactions(precision):
-            with torch.inference_mode():
-                f = analyze.game(analyze.scored(model, precision, device), image, label_of, p, base)
-                analyze.interactions(f, n, pairs, [0, n // 2, n - 2], contexts, pretrain.seeded(0))
-        low, full = ((lambda precision=precision: interactions(precision), passes, forward) for precision in (amp, "off"))
-        compare(f"interaction: {label}", low, full, f"float32 / {amp}, time", 5)
-        views = torch.rand(16 if size > 32 else 64, 3, size, size, device=device)
+        def interactions(dtype=amp):
+            with autocast(dtype):
+                f = analyze.game(model, views[:1], label_of, p, views[0, :, 0, 0])
+                analyze.interactions(f, players, near[:pairs], [0, players // 2, players - 2],
+                                     contexts, pretrain.seeded(0))
 
-        def maps(look):
-            with torch.inference_mode(), torch.autocast(device.type, *pretrain.AUTOCAST[amp]):
+        def maps(look=analyze.log_amplitude):
+            with autocast():
                 analyze.feature_maps(model, views, look)
-        spectrum, spread = ((lambda look=look: maps(look), len(views), forward)
-                            for look in (analyze.log_amplitude, analyze.spatial_variance))
-        compare(f"fourier: {label}", spectrum, spread, "variance / fourier, time", 5)
+        interactions.flop = maps.flop = flops(model, views)
+        interactions.shape = [pairs * 4 * (2 + contexts)]  # two orders have one context
+        maps.shape = views.shape
+        compare(f"interaction: {label}", interactions, f"float32 / {asked.amp}",
+                lambda: interactions(None), 5)
+        compare(f"fourier: {label}", maps, "variance / fourier",
+                lambda: maps(analyze.spatial_variance), 5)
 
 
-def memory_format():
-    """Channels-last against contiguous memory: what models.to_device's choice rests on."""
-    for label, flags in (("ResNet-50 at 224, batch 32", paper("resnet50")),
-                         ("ResNet-18, 64 px, batch 256", ("--model", "resnet18"))):
-        last, first = (make_step("--task", "a2mim", *flags, channels_last=on)[0] for on in (True, False))
-        clock(last, 1), clock(first, 1)
-        ratios = [clock(first, 1, 0)[0] / clock(last, 1, 0)[0] for _ in range(5)]
-        report(f"{label}: contiguous / channels-last, time", ratios, "x")
+def memory():
+    """What models.to_device's choice rests on."""
+    for label in (RESNET, "ResNet-18, 64 px, batch 256"):
+        both = (make_step(f"--task a2mim {NETWORKS[label]}", how)
+                for how in (models.to_device, torch.nn.Module.to))
+        report_ratio(f"{label}: contiguous / channels-last, time", in_turn(5, *both))
 
 
 def profile():
-    """What a step of ViT-B/16 spends its time on."""
-    from torch.profiler import ProfilerActivity, profile
-    work, _, _ = make_step(*paper("vit_base", "--task", "mask"))
+    work = make_step(f"--task mask {NETWORKS[VIT_B]}")
     work()
-    with profile(activities=[ProfilerActivity.CPU]) as p:
+    with torch.profiler.profile() as p:
         work()
-    groups = {"matrix products": ("mm", "addmm", "bmm", "linear", "convolution"), "casts and copies": ("copy_", "cat", "clone"),
-              "softmax": ("softmax",), "layer norm": ("layer_norm",), "GELU": ("gelu",), "optimiser": ("fused_adamw",)}
-    events = [(e.key, e.self_cpu_time_total) for e in p.key_averages()]
-    whole, rest = sum(t for _, t in events), 1.0
-    for group, keys in groups.items():
-        share = sum(t for name, t in events if any(k in name.lower() for k in keys)) / whole
-        rest -= share
-        report(f"ViT-B/16 step: {group}", [share], "of the time")
-    report("ViT-B/16 step: the rest", [rest], "of the time")
+    events = [(e.key.lower(), e.self_cpu_time_total) for e in p.key_averages()]
+    whole = rest = sum(t for _, t in events)
+    for group in ("matrix products: mm linear convolution", "casts and copies: copy_ cat clone",
+                  "softmax: softmax", "layer norm: layer_norm", "GELU: gelu", "optimiser: adamw"):
+        group, keys = group.split(": ")
+        part = sum(t for name, t in events if any(k in name for k in keys.split()))
+        rest -= part
+        report(f"ViT-B/16 step: {group}", [part / whole], "of the time")
+    report("ViT-B/16 step: the rest", [rest / whole], "of the time")
 
 
-def degradations():
-    """Each task at 224 px, batch 64: images/s, and its share of a ViT-B/16 step where that was measured."""
-    base = figures.get("_step_seconds", {}).get("vit_base")
+def degrade_():
     for task in degrade.TASKS:
         view = torch.rand(64, 3, *degrade.view_size(task, 224), device=device)
-        seconds = clock(lambda: degrade.degrade(view, task, 224, 16, pretrain.seeded(0)), 7, 2)
-        note = f"{statistics.median(seconds) / 64 / base:.1%} of a ViT-B/16 step" if base else ""
-        report(f"degrade {task}, 224 px, batch 64", [64 / s for s in seconds], "images/s", note)
+        found = clock(lambda: degrade.degrade(view, task, 224, 16, pretrain.seeded(0)), 7)
+        report_speed(f"degrade {task}, 224 px, batch 64", 64, found)
 
 
-def input_pipeline():
-    """JPEGs of 500 x 375 to uint8 views, on one thread, beside the usual torchvision pipeline on Pillow images."""
-    from PIL import Image
-    from torchvision import datasets, transforms
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def input_():
+    """JPEGs to views on one thread, and torchvision's pipeline on Pillow images."""
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/class")
-        made = pretrain.shapes(200, seed=1).images.float()
-        for i in range(0, 200):                                 # soft noise brings the files to the size of photographs
-            picture = F.interpolate(made[i:i + 1] + 25 * torch.randn(1, 3, 48, 48), (375, 500), mode="bicubic")
-            picture += 4 * torch.randn(1, 3, 375, 500)
-            Image.fromarray(picture[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(f"{folder}/class/{i}.jpg", quality=90)
-        size = statistics.mean(os.path.getsize(f) for f in glob.glob(f"{folder}/class/*"))
+        for i in range(200):  # of the size of photographs
+            soft = F.interpolate(torch.randn(1, 3, 48, 48), (375, 500), mode="bicubic")[0]
+            picture = 128 + 50 * soft + 4 * torch.randn(3, 375, 500)
+            io.write_jpeg(picture.clamp(0, 255).byte(), f"{folder}/class/{i}.jpg", 90)
         usual = datasets.ImageFolder(folder, transforms.Compose([
-            transforms.RandomResizedCrop(224, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(224, (0.2, 1), interpolation=3),  # bicubic
             transforms.RandomHorizontalFlip(), transforms.ToTensor(),
             transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)]))
-        ours = pretrain.FolderSet(folder)
-        a, b = [], []
-        for _ in range(6):
-            a += clock(lambda: [ours.view((0, i), (224, 224), (0.2, 1.0), 0) for i in range(200)], 1, 0)
-            b += clock(lambda: [usual[i] for i in range(200)], 1, 0)
-        report("input: files to views, one thread", [200 / s for s in a[1:]], "images/s", f"JPEG, 500x375, {size / 1e3:.0f} kB")
-        report("input: the usual pipeline", [200 / s for s in b[1:]], "images/s")
-        report("input: ours / usual", [y / x for x, y in zip(a[1:], b[1:])], "x")
-    torch.set_num_threads(threads)
+        ours, how = pretrain.FolderSet(folder), (0, (224, 224), (0.2, 1.0), 0, None)
+        a, b = zip(*in_turn(5, lambda: [ours[i, *how] for i in range(200)], lambda: [*usual]))
+    report_speed("input: files to views, one thread", 200, a, "JPEG, 500x375")
+    report_speed("input: the usual pipeline", 200, b)
+    report_ratio("input: ours / usual", zip(a, b))
 
 
 def processes():
-    """The default run on two processes against one with two threads, in turn; and how long it waits for data."""
-    speeds = {1: [], 2: []}
-    waits = []
+    speeds, waits = {1: [], 2: []}, []
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(3):
-            for n in speeds:
-                torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-                start = [sys.executable, *(torchrun if n > 1 else [])]
-                out = f"{folder}/{turn}-{n}"
-                subprocess.run([*start, "pretrain.py", "--task", "zoom_in_mask", "--steps", "120", "--out", out], check=True,
-                               cwd=Path(pretrain.__file__).parent, capture_output=True)
-                lines = [json.loads(line) for line in open(f"{out}/log.jsonl")][1:]
-                speeds[n].append(statistics.median(line["images_per_s"] for line in lines))
-                waits += [line["data_wait"] for line in lines]
+        for n in (1, 2) * 3:
+            argv = ["torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "pretrain.py",
+                    "--steps", "120", "--out", f"{folder}/{len(waits)}"]
+            subprocess.run([sys.executable, "-m", *argv], check=True, capture_output=True)
+            lines = [json.loads(line) for line in open(f"{argv[-1]}/log.jsonl")][1:]
+            speeds[n].append(median(line["images_per_s"] for line in lines))
+            waits += [line["data_wait"] for line in lines]
     report("default run, one process, two threads", speeds[1], "images/s")
     report("default run, two processes", speeds[2], "images/s")
-    report("default run, two processes / one", [b / a for a, b in zip(speeds[1], speeds[2])], "x")
-    report("default run: share of time waiting for data", waits, "")
+    report_ratio("default run, two processes / one", zip(*speeds.values()))
+    report("default run: share of time waiting for data", waits)
 
 
 def attention():
-    """Written-out attention against the fused kernel: what models.attend's choice rests on."""
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
-    written = lambda q, k, v: (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
-    for batch, heads, tokens, d in ((256, 4, 17, 32), (256, 2, 65, 32), (8, 12, 50, 64), (32, 12, 50, 64), (128, 12, 50, 64),
-                                    (8, 6, 197, 64), (32, 6, 197, 64), (64, 6, 197, 64), (64, 12, 197, 64)):
-        q = torch.randn(3, batch, heads, tokens, d, device=device, dtype=dtype, requires_grad=True)
-        ratio = []
-        for _ in range(5):
-            a, b = (statistics.median(clock(lambda: f(*q).sum().backward(), 3))
-                    for f in (written, F.scaled_dot_product_attention))
-            ratio.append(b / a)
-        report(f"attention {batch} x {heads} heads x {tokens} x {d}: fused / written, time", ratio, "")
+    """What models.attend's choice rests on. Images x heads x tokens x width."""
+    def written(q, k, v):
+        return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
+    for shape in ("256 4 17 32", "256 2 65 32", "8 12 50 64", "32 12 50 64", "128 12 50 64",
+                  "8 6 197 64", "32 6 197 64", "64 6 197 64", "64 12 197 64"):
+        q = torch.randn(3, *map(int, shape.split()), device=device, dtype=amp, requires_grad=True)
+        both = (lambda f=f: f(*q).sum().backward()
+                for f in (written, F.scaled_dot_product_attention))
+        report_ratio(f"attention {shape.replace(' ', ' x ')}: fused / written, time",
+                     in_turn(9, *both))
 
 
 def budget():
-    """The budget of tests/table1.py: how long the steps of each task take on one thread, in turn, without reading data."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Of table1.py's pre-trainings, without reading data, on one thread."""
     for data in table1.DATA:
-        args = table1.options().parse_args(["--data", data, "--seeds", "1", "--out", "x"])
-        made = {task: table1.jobs(args, task, 0)[0] for task, _ in table1.encoders(args) if task != "none"}
-        steps = {task: make_step(*job.argv[1:])[0] for task, job in made.items()}
-        rounds = [{task: clock(step, 1, 0)[0] * made[task].steps for task, step in steps.items()} for _ in range(6)][1:]
-        for task in made:
-            report(f"budget, {data}: {task}", [seconds[task] for seconds in rounds], "s")
-        report(f"budget, {data}: largest / smallest", [max(s.values()) / min(s.values()) for s in rounds], "x")
-    torch.set_num_threads(threads)
+        args = table1.options(["--data", data])
+        made = [table1.jobs(args, task, 0)[0] for task in args.tasks if task != "none"]
+        found = in_turn(5, *(make_step(shlex.join(job.argv[1:])) for job in made))
+        rounds = [[s * job.right["steps"] for s, job in zip(row, made)] for row in found]
+        for job, whole in zip(made, zip(*rounds)):
+            report(f"budget, {data}: {job.folder.split('-')[1]}", whole, "s")
+        report_ratio(f"budget, {data}: largest / smallest", [(min(s), max(s)) for s in rounds])
 
 
-def compiled():
+def compile_():
     """What --compile adds to a ViT-B/16 step."""
-    (plain, _, _), start = make_step(*paper("vit_base", "--task", "mask")), time.perf_counter()
-    fast, _, _ = make_step(*paper("vit_base", "--task", "mask"), compiled=True)
-    fast()
-    report("ViT-B/16: compiling", [time.perf_counter() - start], "s")
-    plain()
-    report("ViT-B/16: --compile, speed", [clock(plain, 1, 0)[0] / clock(fast, 1, 0)[0] for _ in range(5)], "x")
+    plain, fast = (make_step(f"--task mask {more} {NETWORKS[VIT_B]}") for more in ("", "--compile"))
+    report("ViT-B/16: compiling", [seconds(fast)], "s")
+    report_ratio("ViT-B/16: --compile, speed", in_turn(5, fast, plain))
 
 
-PARTS = dict(step=step, a2mim=a2mim, finetune=finetuning, analyze=analyses, profile=profile, degrade=degradations,
-             input=input_pipeline, processes=processes, attention=attention, memory=memory_format, budget=budget,
-             compile=compiled)
+PARTS = {part.__name__.strip("_"): part for part in (
+    step, a2mim, finetune_, analyze_, profile, degrade_, input_, processes, attention, memory,
+    budget, compile_)}
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or [name for name in PARTS if name not in ("attention", "memory", "budget", "compile")]
-    if unknown := [name for name in chosen if name not in PARTS]:
-        sys.exit(f"bench.py: no part '{unknown[0]}': choose of {', '.join(PARTS)}")
-    hardware = f"{pretrain.hardware()}, {platform.machine()}"
-    print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, precision {amp}", flush=True)
+    os.chdir(table1.ROOT)
+    chosen = sys.argv[1:] or [*PARTS][:8]
+    if not {*chosen} <= {*PARTS}:
+        sys.exit(f"bench.py: choose of {', '.join(PARTS)}")
+    about = pretrain.provenance() | dict(precision=asked.amp)
+    print(about, flush=True)
+    threads = torch.get_num_threads()
     for name in chosen:
+        torch.set_num_threads(1 if name in ("input", "budget") else threads)
         PARTS[name]()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2 ** 30
-    report("peak memory", [memory], "GiB")
-    figures.pop("_step_seconds", None)
-    print(json.dumps(dict(torch=torch.__version__, hardware=hardware, precision=amp, **figures)))
+        most = torch.cuda.max_memory_allocated()
+    report("peak memory", [most / 2 ** 30], "GiB")
+    print(json.dumps(about | figures))

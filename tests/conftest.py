@@ -1,4 +1,4 @@
-"""What the tests share: the real scripts run small, in this process or in others, and a folder of images."""
+"""What the tests share: the real scripts run small, in this process or in others, and folders."""
 import functools
 import importlib
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,18 +22,17 @@ import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import probe  # noqa: E402
 
-TINY = ("--model vit_micro --img_size 16 --patch_size 4 --batch_size 8 --workers 0 --save_every 2 --log_every 1 "
-        "--amp off --steps 6").split()
+NET = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off".split()
+TINY = [*NET, *"--batch_size 8 --save_every 2 --log_every 1 --steps 6".split()]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities")
     config.addinivalue_line("markers", "slow: minutes long, left out of the README's test command")
 
 
 @pytest.fixture(autouse=True)
 def same_signals():
-    """The trainer answers Ctrl-C itself; the test run should get its own answer back."""
+    """The trainer answers Ctrl-C itself; the test run gets its own answer back."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -45,30 +45,39 @@ def no_power_cut(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Batches this small are slower in two, and far slower beside other work."""
+    monkeypatch.setattr(pretrain, "cores", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
+def folders_anew():
+    """A folder that a test changes is read again."""
+    pretrain.image_files.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """24 pictures in nested folders, of two sizes."""
-    from PIL import Image
     where = tmp_path_factory.mktemp("images")
-    pictures = pretrain.shapes(24, size=40).images
-    for i, picture in enumerate(pictures):
+    for i, picture in enumerate(pretrain.Drawn(24, size=40)[torch.arange(24)]):
         (where / f"class{i % 2}").mkdir(exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((40, 40 + 8 * (i % 2))).save(where / f"class{i % 2}" / f"{i:02d}.png")
+        picture = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((40, 40 + 8 * (i % 2)))
+        picture.save(where / f"class{i % 2}" / f"{i:02d}.png")
     return where
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
-    """train/ and val/ with three classes that differ in brightness: 12 and 5 or 4 pictures of each, 13 in val."""
-    from PIL import Image
+    """train/ and val/ with three classes that differ in brightness: 12 pictures of each, and 13."""
     where = tmp_path_factory.mktemp("labelled")
-    pixels = torch.rand(60, 20, 24, 3, generator=torch.Generator().manual_seed(0)) * 0.2
+    pixels = torch.rand(49, 20, 24, 3, generator=torch.Generator().manual_seed(0)) * 0.2
     for i, picture in enumerate(pixels):
-        label, split, of_class = i % 3, "train" if i < 36 else "val", f"class{i % 3}"
-        if split == "val" and i >= 36 + 13:
-            break
-        (where / split / of_class).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(((picture + 0.4 * label) * 255).byte().numpy()).save(where / split / of_class / f"{i:02d}.png")
+        of_class = where / ("train" if i < 36 else "val") / f"class{i % 3}"
+        of_class.mkdir(parents=True, exist_ok=True)
+        picture = ((picture + 0.4 * (i % 3)) * 255).byte().numpy()
+        Image.fromarray(picture).save(of_class / f"{i:02d}.png")
     return where
 
 
@@ -79,37 +88,40 @@ def short_fits(monkeypatch):
 
 
 @pytest.fixture
-def of(labelled, tmp_path, capfd):
-    """of(module, *options) -> (exit code, what was printed, what was complained about), of finetune or probe on `labelled`."""
-    def go(module, *argv, out=None, data=None):
-        tiny = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off".split()
-        tiny += "--batch_size 8 --save_every 3 --log_every 1 --steps 6".split() if module is finetune else []
-        argv = [*tiny, "--data", str(data or labelled), "--out", str(out or tmp_path / "run"), *map(str, argv)]
-        code = pretrain.command(module.run, module.options, argv)
+def run(folder, tmp_path, capfd):
+    """run(*options) -> (exit code, what was printed, what was complained about), of pretrain.py on
+    the folder.
+    """
+    def go(*argv, out=None, data=None):
+        where = ["--data", data or folder, "--out", out or tmp_path / "run"]
+        code = pretrain.command(pretrain.main, [str(x) for x in (*TINY, *where, *argv)])
         return code, *capfd.readouterr()
     return go
 
 
 @pytest.fixture
-def run(folder, tmp_path, capfd):
-    """run(*options) -> (exit code, what was printed, what was complained about), of pretrain.py on the folder."""
-    def go(*argv, out=None, data=None):
-        argv = [*TINY, "--data", str(data or folder), "--out", str(out or tmp_path / "run"), *map(str, argv)]
-        code = pretrain.command(pretrain.run, pretrain.options, argv)
+def of(labelled, tmp_path, capfd):
+    """of(module, *options), as `run`, of finetune or probe on `labelled`."""
+    def go(module, *argv, out=None, data=None):
+        tiny = "--batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
+        where = ["--data", data or labelled, "--out", out or tmp_path / "run"]
+        argv = [*NET, *(tiny if module is finetune else []), *where, *argv]
+        code = pretrain.command(module.main, [str(x) for x in argv])
         return code, *capfd.readouterr()
     return go
 
 
 def script(*argv, processes=1, preamble="", **popen):
-    """Start pretrain.py as a user would, by python or torchrun; `preamble` is Python that runs before it."""
+    """Start pretrain.py as a user would, by python or torchrun; preamble: Python to run first."""
+    start = ["pretrain.py"]
     if preamble:
-        start = ["-c", f"{preamble}\nimport sys, pretrain\nsys.exit(pretrain.command(pretrain.run, pretrain.options))"]
+        start = ["-c", f"{preamble}\nimport sys, pretrain\n"
+                 "sys.exit(pretrain.command(pretrain.main))"]
     elif processes > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "pretrain.py"]
-    else:
-        start = ["pretrain.py"]
-    return subprocess.Popen([sys.executable, *start, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, **popen)
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                 "pretrain.py"]
+    return subprocess.Popen([sys.executable, *start, *map(str, argv)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
 
 
 def free_port():
@@ -123,14 +135,16 @@ FORKS.set_forkserver_preload(["torch", "torchvision"])
 
 
 def forked(function, *args, processes=1):
-    """function(*args) in processes of its own, forked from one that has imported torch, which takes seconds each time; more
-    than one find each other as torchrun's do. -> (processes, the open file of what they say), for `ended`.
+    """function(*args) in processes of its own, forked from one that has imported torch. More than
+    one find each other as torchrun's do. -> (processes, the open file of what they say).
     """
     said, place = tempfile.NamedTemporaryFile("r"), {}
     if processes > 1:
-        place = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    ranks = [dict(place, RANK=rank, LOCAL_RANK=rank) if place else {} for rank in range(processes)]
-    jobs = [FORKS.Process(target=_process, args=(function, args, rank, said.name), daemon=True) for rank in ranks]
+        place = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=free_port())
+    jobs = [FORKS.Process(target=_process, daemon=True, args=(
+        function, args, dict(place, RANK=rank, LOCAL_RANK=rank) if place else {}, said.name))
+        for rank in range(processes)]
     for job in jobs:
         job.start()
     return jobs, said
@@ -138,8 +152,10 @@ def forked(function, *args, processes=1):
 
 def _process(function, args, place, said):
     file = open(said, "a", buffering=1)
-    os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
     os.environ.update({k: str(v) for k, v in place.items()})
+    pretrain.cores = lambda: 1
     sys.exit(function(*args))
 
 
@@ -151,32 +167,35 @@ def ended(jobs, said):
 
 
 def command(name, *argv, preamble=""):
-    """The command of a script, for `forked`; `preamble` is Python that runs before it."""
+    """The command of a script, for `forked`; preamble: Python that runs first."""
     exec(preamble, {})
     sys.argv[0], module = f"{name}.py", importlib.import_module(name)
-    return pretrain.command(module.run, module.options, list(map(str, argv)))
+    return pretrain.command(module.main, list(map(str, argv)))
 
 
 def together(name, *argv, processes=2, preamble=""):
-    """The command of a script in forked processes, to its end -> (exit codes, what they said). torchrun itself starts README's
-    commands, and those that are sent signals.
-    """
-    return ended(*forked(functools.partial(command, preamble=preamble), name, *argv, processes=processes))
+    """The command of a script in forked processes, to its end -> (exit codes, what they said)."""
+    return ended(*forked(functools.partial(command, preamble=preamble), name, *argv,
+                         processes=processes))
 
 
 def log_of(out):
-    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 def losses_of(out):
-    return {line["step"]: line["loss"] for line in log_of(out)}
+    return {line["step"]: line["loss"] for line in log_of(out) if "loss" in line}
+
+
+def checkpoint_of(out):
+    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
 
 
 def weights_of(out):
-    return torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["model"]
+    return checkpoint_of(out)["model"]
 
 
 def gradients_of(out):
-    """AdamW's running mean of the gradients, (parameters,): unlike the weights it shows a gradient's scale."""
-    state = torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["optimizer"]["state"]
+    """AdamW's running mean of the gradients, (parameters,): it shows a gradient's scale."""
+    state = checkpoint_of(out)["optimizer"]["state"]
     return torch.cat([s["exp_avg"].flatten() for s in state.values()])

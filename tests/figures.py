@@ -1,72 +1,68 @@
-"""The sheet of all six analyses in the README, made from runs of the real scripts on the built-in pictures.
+"""The sheet of all six analyses in the README, of runs on the built-in pictures.
 
-    python tests/figures.py              an hour on 2 CPU cores, less after tests/table1.py -> runs/figures/figures.png
-    python tests/figures.py --share 0.02 to try
+    python tests/figures.py                  an hour on 2 CPU cores -> runs/figures/figures.png
+    python tests/figures.py --share 0.02     to try
 
-Three pre-trainings, the table's own (`mask`, `zoom_in_mask`, `a2mim`, in its folder, made if they are not there); each
-fine-tuned with 100 labels a class, and so are random weights; then analyze.py six times. A stopped one goes on where it
-was. matplotlib is needed.
+Three encoders are those of tests/table1.py, made if they are not there. They and random weights are
+fine-tuned with 100 labels a class. Then analyze.py draws. A stopped one goes on where it was.
 """
 import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import table1  # it finds the others
 import analyze
 import pretrain
-import table1
 
-WIDTH = 1320                                                    # pixels of the sheet
+WIDTH = 1320  # pixels of the sheet
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--out", metavar="DIR", help="default: runs/figures")
-    p.add_argument("--table", metavar="DIR", help="the --out of tests/table1.py; default: runs/table1-shapes")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--share", type=float, default=1.0, help="of all steps, to try; default: 1")
-    args = p.parse_args(argv)
-    import matplotlib                                           # without it there is nothing to put together  # noqa: F401
-    trial = "" if args.share == 1 else f"-{args.share:g}"       # must not be taken for the table
-    out, table = Path(args.out or f"runs/figures{trial}").resolve(), Path(args.table or f"runs/table1-shapes{trial}").resolve()
+    share = p.parse_args(argv).share
+    import matplotlib  # noqa: F401  without it there is nothing to put together
+    table = table1.options(["--share", str(share)])
+    out = table.out.with_name(table.out.name.replace("table1-shapes", "figures"))
     out.mkdir(parents=True, exist_ok=True)
 
-    def go(*command):
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
-        if done.returncode:
-            sys.exit(f"figures.py: {' '.join(map(str, command))} ended with code {done.returncode}: mend it, the same command "
-                     "goes on")
-
-    before, after = {}, {}
+    before, after = [], []
     for task in ("mask", "zoom_in_mask", "a2mim"):
-        job = table1.jobs(argparse.Namespace(data="shapes", root="data", out=table, share=args.share), task, 0)[0]
-        before[task] = table / job.folder
-        go(*job.argv, "--out", before[task])                    # goes on, or finds that it is done
-    for name in (*before, "none"):
-        after[name] = out / f"{name}-tuned"
-        go("finetune.py", "--weights", before.get(name, "none"), "--model", "vit_micro", "--labels", 100, "--resume",
-           "--steps", max(2, round(500 * args.share)), "--save_every", max(1, round(100 * args.share)), "--out", after[name])
-    made, tuned = list(before.values()), list(after.values())
-    shown = dict(reconstruct=[*made, "--rows", 4, "--resume"], curves=[*made, *tuned], occlusion=[*tuned, "--resume"],
-                 interaction=[*tuned, "--resume"], fourier=[*made, "none", "--resume"], variance=[*made, "none", "--resume"])
-    for name, runs in shown.items():
-        go("analyze.py", name, *runs, "--out", out)
+        job = table1.jobs(table, task, 0)[0]
+        before.append(table.out / job.folder)
+        go(*job.argv, "--out", before[-1])  # goes on, or finds that it is done
+    for weights in (*before, Path("none")):
+        after.append(out / f"{weights.name}-tuned")
+        go("finetune.py", "--weights", weights, "--labels", 100, "--resume", "--out", after[-1],
+           "--steps", max(2, round(500 * share)), "--save_every", max(1, round(100 * share)))
+    for name, *argv in (["reconstruct", *before, "--rows", 4], ["curves", *before, *after],
+                        ["occlusion", *after], ["interaction", *after],
+                        ["fourier", *before, "none"], ["variance", *before, "none"]):
+        go("analyze.py", name, *argv, "--resume", "--out", out)
     sheet(out)
+
+
+def go(*command):
+    """A command of this project, or the end."""
+    command = [str(x) for x in command]
+    if subprocess.run([sys.executable, *command], cwd=table1.ROOT).returncode:
+        sys.exit(f"figures.py: {' '.join(command)} failed: mend it, the same command goes on")
 
 
 def sheet(folder):
     """The six pictures in one: figures.png."""
     from PIL import Image
     rows = []
-    for names in (["reconstruct"], ["curves"], ["occlusion", "interaction"], ["fourier", "variance"]):
-        parts = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
-        row = Image.new("RGB", (sum(x.width for x in parts), max(x.height for x in parts)), "white")
+    for names in ("reconstruct", "curves", "occlusion interaction", "fourier variance"):
+        parts = [Image.open(folder / f"{name}.png").convert("RGB") for name in names.split()]
+        width, height = sum(x.width for x in parts), max(x.height for x in parts)
+        row = Image.new("RGB", (width, height), "white")
         for i, x in enumerate(parts):
-            row.paste(x, (sum(left.width for left in parts[:i]), 0))
-        rows.append(row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS))
-    pretrain.write_whole(str(folder / "figures.png"), lambda file: analyze.stacked([("", row) for row in rows]).save(file, format="PNG", optimize=True))
+            row.paste(x, (i * parts[0].width, 0))
+        rows.append(row.resize((WIDTH, round(height * WIDTH / width)), Image.Resampling.LANCZOS))
+    page = analyze.stacked([("", row) for row in rows])
+    pretrain.write_whole(folder / "figures.png", lambda file: page.save(file, "PNG", optimize=True))
     print(f"drawn: {folder / 'figures.png'}")
 
 

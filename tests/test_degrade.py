@@ -1,357 +1,296 @@
-"""BM sections 3.2, 4.1, A.1 - A.3: each degradation, on pictures small enough to check by hand."""
+"""The degradations of BM 3.2, 4.1, A and of A2 4, on pictures small enough to check by hand."""
+import argparse
 import colorsys
-import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import degrade as D
 
-def seed(n=0):
-    return torch.Generator().manual_seed(n)
+
+def seed():
+    return torch.Generator().manual_seed(0)
 
 
-# (m) hidden patches ------------------------------------------------------------------------------------
+def picture(*shape):
+    return torch.rand(*shape, generator=seed())
+
+
+def close(a, b, atol=1e-5):
+    return torch.allclose(a.float(), b.float(), atol=atol)
+
 
 @pytest.mark.parametrize("kind", D.MASKS)
-@pytest.mark.parametrize("grid, ratio, unit, hidden", [
-    (14, 0.75, 1, 147), (14, 0.6, 2, 120), (8, 0.75, 1, 48), ((6, 10), 0.5, 2, 32), (4, 0.0, 1, 0), (7, 0.999, 1, 48)])
-def test_every_row_hides_exactly_the_same_number(kind, grid, ratio, unit, hidden):
-    """14x14 at 75%: 147. A2's 32 px cells: 30 of 7x7 (60%), 120 patches. A centred rectangle comes as near as it can."""
-    if kind == "center":
-        hidden = {120: 4 * (49 - 4 * 4), 32: 4 * (15 - 2 * 3)}.get(hidden, hidden)
-    m = D.MASKS[kind](32, grid, ratio, unit, seed())
-    gh, gw = D.pair(grid)
-    assert m.shape == (32, gh * gw) and m.dtype == torch.bool
-    assert m.sum(1).tolist() == [hidden] * 32
+@pytest.mark.parametrize("grid, ratio, unit, count", [
+    ((14, 14), 0.75, 1, 147),  # BM 4.1
+    ((14, 14), 0.6, 2, 120),  # A2 5.1: 30 of the 7 x 7 cells of 32 px
+    ((6, 10), 0.5, 2, 32),
+    ((7, 7), 0.999, 1, 48),  # one stays visible
+])
+def test_every_row_hides_as_many_whole_cells(kind, grid, ratio, unit, count):
+    """The count is exact."""
+    if kind == "center":  # a rectangle comes as near as it can
+        count = {120: 4 * 33, 32: 4 * 9}.get(count, count)
+    hidden = D.MASKS[kind](32, grid, ratio, unit, seed())
+    assert hidden.sum(1).tolist() == [count] * 32
+    cells = hidden.view(32, grid[0] // unit, unit, grid[1] // unit, unit)
+    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
 
 
-def test_random_mask_is_uniform_and_blocks_are_whole_cells():
-    m = D.random_mask(4000, 4, 0.75, generator=seed()).float().mean(0)
-    assert (m - 0.75).abs().max() < 0.03
-    cells = D.random_mask(8, 8, 0.6, unit=2, generator=seed()).view(8, 4, 2, 4, 2)
-    assert (cells == cells[:, :, :1, :, :1]).all()
-
-
-def test_block_mask_leaves_one_contiguous_region_visible():
-    for visible in ~D.block_mask(64, (9, 14), 0.75, generator=seed(1)).view(64, 9, 14):
-        reached = torch.zeros_like(visible)
-        reached[tuple(visible.nonzero()[0])] = True
-        for _ in range(40):                                     # grow over the visible neighbours
-            grown = F.max_pool2d(reached[None].float(), 3, 1, 1)[0] > 0
-            side = F.pad(reached, (1, 1, 1, 1))
-            cross = side[:-2, 1:-1] | side[2:, 1:-1] | side[1:-1, :-2] | side[1:-1, 2:] | reached
-            reached = grown & cross & visible
-        assert (reached == visible).all()
-    for grid in (14, (9, 14)):                                  # it may lie anywhere, the corners too, and most often in the middle
-        gh, gw = D.pair(grid)
-        share = (~D.block_mask(4000, grid, 0.75, generator=seed(1))).float().mean(0).view(gh, gw)
-        assert share.min() > 0 and share[gh // 2, gw // 2] > 0.5
-
-
-def test_center_mask_shows_the_inner_block():
+def test_random_and_center_mask():
+    """Random is uniform. Center (BM A.3) shows 160 of 224 px."""
+    share = D.random_mask(4000, 4, 0.75, generator=seed()).float().mean(0)
+    assert (share - 0.75).abs().max() < 0.03
     visible = ~D.center_mask(1, 14, 0.49).view(14, 14)
-    assert visible[2:12, 2:12].all() and visible.sum() == 100
+    assert visible[2:12, 2:12].sum() == visible.sum() == 100
 
 
-@pytest.mark.parametrize("arguments, says", [((4, 14, 1.0), "outside"), ((4, 14, -0.1), "outside"), ((4, 14, 0.5, 3), "tile")])
-def test_masks_refuse(arguments, says):
-    with pytest.raises(ValueError, match=says):
-        D.random_mask(*arguments)
+@pytest.mark.parametrize("kind, inside", [("block", False), ("hole", True)])
+def test_block_shows_and_hole_hides_one_region(kind, inside):
+    """The region is in one piece. Every patch is in it at times."""
+    region = D.MASKS[kind](2000, (9, 14), 0.75, generator=seed()).view(-1, 9, 14) == inside
+    assert region.any(0).all()
+    for cells in region[:50]:
+        left = set(map(tuple, cells.nonzero().tolist()))
+        edge = [left.pop()]
+        for r, c in edge:  # which grows by the neighbours
+            near = {(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)} & left
+            left -= near
+            edge += near
+        assert not left
 
 
-# resampling --------------------------------------------------------------------------------------------
+def test_masks_of_ones_own(monkeypatch):
+    """A mask is a function that may look at the images; or it is given. zoom_in compares all."""
+    def dark(images, ratio, patch_size):
+        light = F.avg_pool2d(images.mean(1), patch_size).flatten(1)
+        return light.argsort(1) < ratio * light.shape[1]
 
-@pytest.mark.parametrize("cubic", [False, True])
-def test_crop_resize_equals_torch_antialiased_interpolation(cubic):
-    x = torch.rand(2, 3, 17, 23, generator=seed())
-    box = torch.tensor([[0.0, 0, 17, 23]] * 2)
-    for size in ((9, 11), (30, 40)):
-        want = F.interpolate(x, size, mode="bicubic" if cubic else "bilinear", antialias=True)
-        assert torch.allclose(D.crop_resize(x, box, size, cubic), want, atol=2e-5)
-
-
-# (a) ---------------------------------------------------------------------------------------------------
-
-def test_zoom_in_by_hand():
-    """The central 2x2 of 4x4 at twice its size: bilinear weights 3/4 and 1/4 between the two pixel centres."""
-    x = torch.zeros(1, 1, 4, 4)
-    x[0, 0, 1:3, 1:3] = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
-    row = torch.tensor([0, 0.25, 0.75, 1.0])
-    assert torch.allclose(D.zoom_in(x, zoom_size=2)[0, 0], row[None, :] + 2 * row[:, None], atol=1e-6)
+    monkeypatch.setitem(D.MASKS, "dark", dark)
+    view = torch.linspace(0, 1, 32)[:, None].expand(2, 3, 32, 32)
+    own = (torch.arange(16) < 4).expand(2, 16)
+    seen = D.degrade(view, "mask", 32, 8, mask_kind="dark", mask_ratio=0.25)
+    given = D.degrade(view, "a2mim", 32, 8, hidden=own)
+    assert all(torch.equal(x, own) for x in (seen.hidden, given.hidden, given.counted))
+    assert D.degrade(view, "zoom_in", 32, 8, hidden=own).counted is None
 
 
-def test_zoom_in_of_a_larger_view_is_its_centre_unscaled():
-    """BM A.1: crop 320, pick the central 224."""
-    x = torch.rand(2, 3, 320, 320, generator=seed())
-    assert torch.equal(D.zoom_in(x, size=224), x[:, :, 48:272, 48:272])
-    d = D.degrade(x, "zoom_in", 224)
-    assert torch.equal(d.inputs, x[:, :, 48:272, 48:272]) and d.target.shape == (2, 3, 224, 224) and d.counted is None
-
-
-def test_zoom_in_default_is_160_of_224_and_random_centres_differ():
-    x = torch.rand(3, 3, 224, 224, generator=seed())
-    assert torch.equal(D.zoom_in(x), D.zoom_in(x, zoom_size=160))
-    same = x[:1].expand(3, -1, -1, -1)
-    a = D.zoom_in(same, zoom_size=100, zoom_at="random", generator=seed())
-    assert not torch.equal(a[0], a[1])
-    for wrong in (225, 0, "rand"):
-        with pytest.raises(ValueError, match=f"zoom size {wrong}"):
-            D.zoom_in(x, zoom_size=wrong)
-
-
-# (b) ---------------------------------------------------------------------------------------------------
-
-def test_zoom_out_by_hand():
-    """8 px shrunk to 4: source pixel centres at 1 and 3 px ... of a triangle filter two pixels wide."""
-    x = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 1, 8, 8)
-    inner = [(0.75 * 0 + 0.75 * 1 + 0.25 * 2) / 1.75, 2.5, 4.5, (0.75 * 7 + 0.75 * 6 + 0.25 * 5) / 1.75]
-    across, down = D.zoom_out(x, 4, generator=seed(2))[0, 0], D.zoom_out(x.mT, 4, generator=seed(2))[0, 0].T
-    for out, u in ((across, torch.rand(1, 3, generator=seed(2))[0, 2]), (down, torch.rand(1, 3, generator=seed(2))[0, 1])):
-        first = int(u * 5)
-        mirrored = [*inner[::-1], *inner, *inner[::-1]][4 - first:12 - first]
-        assert torch.allclose(out, torch.tensor(mirrored).expand(8, 8), atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [96, 128, 160, 192, "rand"])
-def test_zoom_out_mirror_is_continuous_at_the_seam(size):
-    """No step of the canvas is larger than the largest step inside the shrunk picture."""
-    y = torch.linspace(0, 1, 224)
-    x = (y[:, None] + y[None, :] ** 2).expand(4, 1, 224, 224)
-    out = D.zoom_out(x, zoom_size=size, generator=seed(3))
-    steepest = 1.1 * (224 / (96 if size == "rand" else size)) * 2 / 223
-    assert out.diff(dim=2).abs().max() < steepest and out.diff(dim=3).abs().max() < steepest
-
-
-def test_zoom_out_whole_canvas_is_the_identity():
-    x = torch.rand(2, 3, 12, 20, generator=seed())
-    assert torch.allclose(D.zoom_out(x, zoom_size=12, generator=seed()), x, atol=1e-6)
-
-
-def test_zoom_out_fills():
-    x = torch.rand(2, 3, 16, 16, generator=seed()) + 0.1
-    mirror, black, other, none = (D.zoom_out(x, 8, fill, seed(2)) for fill in ("mirror", "black", "other", "none"))
-    inside = (black != 0).all(1, keepdim=True)
-    assert inside.sum((1, 2, 3)).tolist() == [64, 64]
-    assert torch.equal(mirror[inside.expand_as(x)], black[inside.expand_as(x)])
-    assert torch.equal(other, torch.where(inside, mirror, x.flip(0)))
-    assert torch.allclose(none, D.scaled(D.scaled(x, (8, 8)), (16, 16)))
-    with pytest.raises(ValueError, match="even"):
-        D.zoom_out(x[:1], 8, "other", seed())
-    with pytest.raises(ValueError, match="outside"):
-        D.zoom_out(x, 17)
-
-
-# (c) ---------------------------------------------------------------------------------------------------
-
-def test_fisheye_with_twist_zero_is_the_identity():
-    x = torch.rand(3, 3, 9, 13, generator=seed())
-    assert torch.allclose(D.fisheye(x, (0, 0), seed()), x, atol=1e-5)
-
-
-def test_fisheye_by_formula():
-    """A pixel at distance r of the centre c shows what lay at r - t r^2 on the same ray: read off two ramps."""
-    y, x = torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8)
-    ramps = torch.stack([x[None, :].expand(8, 8), y[:, None].expand(8, 8)])[None]
-    out, u = D.fisheye(ramps, (0.1, 0.4), seed(4))[0], torch.rand(1, 3, generator=seed(4))[0]
-    (cx, cy), t = (2 * u[:2] - 1).tolist(), 0.1 + 0.3 * u[2].item()
-    for i in range(8):
-        for j in range(8):
-            r = math.hypot(x[j] - cx, y[i] - cy)
-            shrink = (r - t * r * r) / r
-            assert out[0, i, j].item() == pytest.approx(cx + (x[j].item() - cx) * shrink, abs=1e-5)
-            assert out[1, i, j].item() == pytest.approx(cy + (y[i].item() - cy) * shrink, abs=1e-5)
-
-
-def test_fisheye_of_a_larger_view():
-    """BM A.3: distort 288, resize to 224, recover the central 224."""
-    x = torch.rand(1, 3, 288, 288, generator=seed())
-    d = D.degrade(x, "distort", 224, 16, seed(), view_size=288)
-    assert torch.equal(d.target, x[:, :, 32:256, 32:256])
-    assert torch.equal(d.inputs, D.scaled(D.fisheye(x, generator=seed()), (224, 224)))
-
-
-def test_wave_moves_each_row_round_the_edge():
-    """No pixel is missing: each row keeps its sum; by hand, a shift of one pixel where the sine is 1."""
-    x = torch.rand(2, 3, 16, 16, generator=seed())
-    out = D.wave(x, generator=seed(1))
-    assert torch.allclose(out.sum(3), x.sum(3), atol=1e-4) and not torch.allclose(out, x, atol=0.05)
-    phase = torch.rand(2, 1, generator=seed(1))[0, 0].item()
-    shift = 2 / 16 * 16 * math.sin(2 * math.pi * (3 / 8 + phase))
-    row, at = x[0, 0, 3], 5 + shift
-    low = math.floor(at)
-    want = row[low % 16] * (1 - at + low) + row[(low + 1) % 16] * (at - low)
-    assert D.wave(x, height=2 / 16, generator=seed(1))[0, 0, 3, 5].item() == pytest.approx(want.item(), abs=1e-5)
-
-
-# (d) ---------------------------------------------------------------------------------------------------
-
-def test_blur_by_hand():
-    """Each channel with its own kernel ~ N(1/9, 0.02^2), edges repeated: written out on 8x8."""
-    x = torch.rand(2, 3, 8, 8, generator=seed())
-    out = D.blur(x, 3, seed(1))
-    after = seed(1)
-    kernel = 1 / 9 + 0.02 * torch.randn(2, 3, 3, 3, generator=after)
-    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-    for b, c, i, j in [(0, 0, 0, 0), (0, 1, 3, 4), (1, 2, 7, 7), (1, 0, 0, 5)]:
-        assert out[b, c, i, j].item() == pytest.approx((padded[b, c, i:i + 3, j:j + 3] * kernel[b, c].numpy()).sum(), abs=1e-5)
-
-
-def test_blur_keeps_channels_apart_and_the_size():
-    x = torch.zeros(1, 3, 12, 20)
-    x[0, 1] = 1
-    out = D.blur(x, 9, seed())
-    assert out.shape == x.shape and out[0, 0].abs().sum() == 0 and out[0, 2].abs().sum() == 0 and out[0, 1].abs().min() > 0
-
-
-def test_blur_rand_draws_a_size_for_each_image():
-    x = torch.zeros(64, 1, 23, 23)
-    x[:, :, 11, 11] = 1
-    sizes = (D.blur(x, "rand", seed()) != 0).any(3).sum((1, 2))
-    assert sorted(set(sizes.tolist())) == [5, 7, 9, 11]
-    with pytest.raises(ValueError, match="odd"):
-        D.blur(x, 4)
-
-
-# (e) ---------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("saturation", [0.0, 0.3, 0.6, 1.0])
-def test_desaturate_equals_hsv_there_and_back(saturation):
-    x = torch.rand(1, 3, 4, 4, generator=seed(), dtype=torch.float64)
-    out = D.desaturate(x, saturation)
-    for i in range(4):
-        for j in range(4):
-            h, s, v = colorsys.rgb_to_hsv(*x[0, :, i, j].tolist())
-            assert out[0, :, i, j].tolist() == pytest.approx(colorsys.hsv_to_rgb(h, s * saturation, v), abs=1e-9)
-    if saturation == 0:
-        assert torch.equal(out[:, 0], out[:, 1]) and torch.equal(out[:, 1], out[:, 2])
-
-
-# the integrated task -----------------------------------------------------------------------------------
-
-def test_zoom_in_mask_is_the_geometry_of_bms_appendix():
-    """BM A.2: the central 224 of a 320 view is the input, unscaled; 147 of 196 patches hidden; all of the view is the target."""
-    assert D.view_size("zoom_in_mask", 224) == (320, 320)
-    x = torch.rand(2, 3, 320, 320, generator=seed())
-    d = D.degrade(x, "zoom_in_mask", 224, 16, seed())
-    assert torch.equal(d.inputs, x[:, :, 48:272, 48:272]) and torch.equal(d.target, x)
-    assert "zoom_size" not in D.task_settings("zoom_in_mask")      # the centre is as it is, or its patches would mean others
-    assert d.hidden.sum(1).tolist() == [147, 147] and torch.equal(d.counted, d.hidden)
-
-
-# fill (A2 section 4) ---------------------------------------------------------------------------------
-
-def test_mean_fill_takes_all_pixels_and_leaves_the_visible_ones():
-    """Hidden patches get the mean RGB of the image, over visible and hidden pixels alike; by hand on 4 x 4."""
-    x = torch.arange(32.).view(1, 2, 4, 4) / 32
+@pytest.mark.parametrize("fill, color", [("mean", [7.5, 23.5]), ("zero", [0.45, 0.45])])
+def test_a_fill_is_one_color_and_keeps_the_visible_pixels(fill, color):
+    """A2 4: the image's mean over all its pixels; or the zero of the model's normalisation."""
+    images = torch.arange(32.0).view(1, 2, 4, 4)
+    want = images.clone()
+    want[0, :, :2, :2] = torch.tensor(color)[:, None, None]
     hidden = torch.tensor([[True, False, False, False]])
-    out = D.fill_hidden(x, hidden, 2)
-    for c in range(2):
-        assert torch.allclose(out[0, c, :2, :2], torch.full((2, 2), float(x[0, c].mean())))
-    visible = ~D.patch_pixels(hidden, 2, (2, 2)).expand_as(x)
-    assert torch.equal(out[visible], x[visible]) and not torch.equal(out, x)
+    assert close(D.fill_hidden(images, hidden, 2, fill), want)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_zero_fill_is_zero_after_the_models_normalisation(channels):
-    import models
-    x, hidden = torch.rand(2, channels, 32, 32), torch.rand(2, 16) < 0.5
-    pixels = D.patch_pixels(hidden, 8, (4, 4)).expand_as(x)
-    model = models.ViT(32, 8, 32, 1, 2, channels)
-    for fill in ("zero", "token"):
-        assert model.normalize(D.fill_hidden(x, hidden, 8, fill))[pixels].abs().max() < 1e-6
-    with pytest.raises(ValueError, match="unknown fill 'noise'"):
-        D.fill_hidden(x, hidden, 8, "noise")
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_crop_resize_is_antialiased_interpolation(mode):
+    images, box = picture(1, 3, 17, 23), torch.tensor([[0.0, 0, 17, 23]])
+    want = F.interpolate(images, (9, 30), mode=mode, antialias=True)
+    assert close(D.crop_resize(images, box, (9, 30), mode == "bicubic"), want, 2e-5)
+    part = D.crop_resize(images, torch.tensor([[1.0, 2, 4, 5]]), (4, 5))
+    assert close(part, images[:, :, 1:5, 2:7])
 
 
-def test_a2mim_hides_60_percent_in_cells_of_32_px():
-    """A2 5.1: 224 px are 7 x 7 cells of 2 x 2 patches, 30 of the 49 hidden (19 visible, rounded down as MAE does)."""
-    view = torch.rand(3, 3, 224, 224, generator=seed())
-    for task in ("a2mim", "simmim"):
-        d = D.degrade(view, task, generator=seed())
-        cells = d.hidden.view(3, 7, 2, 7, 2)
-        assert (d.hidden.sum(1) == 30 * 4).all() and (cells.any(4).any(2) == cells.all(4).all(2)).all()
-        assert d.filled and torch.equal(d.counted, d.hidden) and torch.equal(d.target, view)
-    pixels = D.patch_pixels(d.hidden, 16, (14, 14)).expand_as(view)
-    filled = D.degrade(view, "a2mim", generator=seed()).inputs
-    assert torch.equal(filled[~pixels], view[~pixels])
-    for b in range(3):
-        assert torch.allclose(filled[b, 1][pixels[b, 1]], view[b, 1].mean())
+def test_zoom_in_at_the_centre_and_at_random():
+    """BM A.3. 2 x 2 of 4 x 4 px become 4 x 4: weights 3/4 and 1/4 between two pixels."""
+    x = torch.arange(16.0).view(1, 1, 4, 4).expand(100, -1, -1, -1)
+    row = torch.tensor([0, 0.25, 0.75, 1])
+    want = row + 4 * row[:, None]  # of the corner at 0
+    assert close(D.zoom_in(x, zoom_size=2), 5 + want, 1e-6)
+    corner = D.zoom_in(x, 2, 2, "random", seed())[:, 0, 0, 0].round()
+    assert corner.unique().tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
 
 
-def test_the_defaults_are_the_papers_best():
-    """BM Table 2: 160 of 224, twist .20-.25, 9x9, saturation 30%; MAE's 75%, of which only hidden patches are compared."""
-    x = torch.rand(4, 3, 56, 56, generator=seed())
-    for task, settings in (("zoom_in", dict(zoom_size=40)), ("zoom_out", dict(zoom_size=40)), ("distort", dict(twist=(0.20, 0.25))),
-                           ("blur", dict(blur_kernel=9)), ("decolor", dict(saturation=0.3)), ("mask", dict(mask_ratio=0.75))):
-        default, given = D.degrade(x, task, 56, 4, seed()), D.degrade(x, task, 56, 4, seed(), **settings)
-        assert torch.equal(default.inputs, given.inputs) and default.counted is default.hidden
-    heights = (D.zoom_out(torch.ones(200, 1, 224, 8), "rand", "black", seed())[:, 0] != 0).any(2).sum(1)
-    assert sorted(set(heights.tolist())) == [96, 128, 160, 192]
+@pytest.mark.parametrize("small", [4, 3])
+def test_zoom_out_mirrors_around_a_random_place(small):
+    """The canvas is a window of ... c b a a b c c b a ... that has the middle a b c."""
+    x = torch.arange(8.0).expand(100, 1, 8, 8)
+    inner = F.interpolate(x[:1], (small, small), mode="bilinear", antialias=True)[0, 0, 0]
+    mirrored = torch.cat([inner.flip(0), inner] * 4)
+    want = torch.stack([mirrored[3 * small - i:][:8] for i in range(9 - small)])[:, None]
+    for out in (D.zoom_out(x, small, generator=seed()), D.zoom_out(x.mT, small).mT):
+        error = (out - want).abs().amax((2, 3))  # (100, places)
+        assert error.amin(1).max() < 1e-5
+        assert len(error.argmin(1).unique()) == 9 - small
 
 
-# every task --------------------------------------------------------------------------------------------
+def test_zoom_out_fills_and_sizes():
+    """BM A.3: black, the other image, or nothing around. Table 2: one of four sizes."""
+    x = picture(2, 3, 16, 16) + 0.1
+    mirror, black, other, none = (D.zoom_out(x, 8, fill, seed())
+                                  for fill in ("mirror", "black", "other", "none"))
+    inside = (black != 0).all(1, keepdim=True)
+    assert torch.equal(black, mirror * inside)
+    assert torch.equal(other, torch.where(inside, mirror, x.flip(0)))
+    assert close(none, D.scaled(D.scaled(x, (8, 8)), (16, 16)))
+    out = D.zoom_out(torch.ones(100, 1, 224, 14), "rand", "black", seed())
+    assert out[:, 0].any(2).sum(1).unique().tolist() == [96, 128, 160, 192]
+    assert len(D.zoom_out(torch.ones(100, 1, 4, 4), 3, "black").unique(dim=0)) == 4  # places
+
+
+def test_fisheye_formula():
+    """A pixel at distance r of c shows what lay at r - t r^2. All agree on c and t."""
+    axis = torch.linspace(-1, 1, 9)
+    at = torch.stack([axis.expand(9, 9), axis[:, None].expand(9, 9)])  # (2, 9, 9): x, y
+    moved = D.fisheye(at.expand(200, -1, -1, -1), (0.15, 0.25), seed()) - at
+    pull = moved / moved.norm(dim=1, keepdim=True).sqrt()  # sqrt(t) (c - at)
+    root = (pull[:, :1, :1, :1] - pull[:, :1, 8:, 8:]) / 2  # sqrt(t), from two corners
+    c = pull[:, :, :1, :1] / root - 1
+    r = (c - at).norm(dim=1, keepdim=True)
+    assert close(moved, root ** 2 * r * (c - at), 1e-4)
+    assert 0.15 <= root.min() ** 2 < 0.16 < 0.24 < root.max() ** 2 <= 0.25
+    assert -1 <= c.min() < -0.9 < 0.9 < c.max() <= 1
+
+
+def test_wave_moves_each_row_by_a_sine():
+    """BM A.3: `height` W sin(2 pi y / (`length` H) + phase), round the edge: no pixel is lost."""
+    line = torch.eye(16)[8].expand(3, 1, 16, 16)
+    move = (D.wave(line, 0.25, 0.5, seed())[:, 0] * torch.arange(16)).sum(2) - 8
+    assert close(move.roll(4, 1), -move, 1e-4)  # a period is 8 rows
+    assert close(move ** 2 + move.roll(2, 1) ** 2, torch.tensor(16.0), 1e-3)
+    assert not close(move[0], move[1], 0.1)
+    x = picture(2, 3, 16, 16)
+    assert close(D.wave(x, 0.25, 0.5).sum(3), x.sum(3), 1e-4)
+
+
+def test_blur_kernels():
+    """BM A.1: k x k weights ~ N(1 / k^2, 0.02^2), drawn for each image and channel."""
+    point = F.pad(torch.ones(64, 3, 1, 1), [11] * 4)
+    out = D.blur(point, 9, seed())
+    kernel = out[:, :, 7:16, 7:16].flatten(2)  # (64, 3, 81)
+    assert (out != 0).sum() == kernel.numel()
+    assert kernel.mean() == pytest.approx(1 / 81, abs=6e-4)
+    assert kernel.std() == pytest.approx(0.02, rel=0.03)
+    assert len(kernel[:, :, 0].unique()) == 64 * 3
+    sides = D.blur(point, "rand", seed())[:, 0].any(2).sum(1)
+    assert sides.unique().tolist() == [5, 7, 9, 11]
+
+
+def test_blur_keeps_channels_apart_and_repeats_the_edge():
+    out = D.blur(torch.eye(3)[1].view(1, 3, 1, 1).expand(1, 3, 12, 20), 9, seed())[0]
+    assert close(out, out[:, 6:7, 10:11])  # each is of one colour
+    assert [x != 0 for x in out[:, 6, 10].tolist()] == [False, True, False]
+
+
+@pytest.mark.parametrize("saturation", [0, 0.3, 0.6, 1])
+def test_desaturate_scales_the_saturation_of_hsv(saturation):
+    x = picture(16, 3, 1, 1)
+    for before, after in zip(x.flatten(1).tolist(), D.desaturate(x, saturation).flatten(1)):
+        h, s, v = colorsys.rgb_to_hsv(*before)
+        assert after.tolist() == pytest.approx(colorsys.hsv_to_rgb(h, s * saturation, v), abs=1e-6)
+
 
 @pytest.mark.parametrize("task", D.TASKS)
-@pytest.mark.parametrize("channels, size", [(3, (32, 32)), (1, (32, 48)), (5, (48, 32))])
-def test_shapes_for_non_square_images_and_other_channels(task, channels, size):
-    view = torch.rand(4, channels, *D.view_size(task, size), generator=seed())
+@pytest.mark.parametrize("channels, size", [(1, (32, 48)), (5, (48, 32))])
+def test_every_task_takes_any_shape(task, channels, size):
+    view = picture(4, channels, *D.view_size(task, size))
     before = view.clone()
     d = D.degrade(view, task, size, 8, seed())
-    assert d.inputs.shape == (4, channels, *size) and torch.equal(view, before)
-    assert d.hidden is None or d.hidden.shape == (4, size[0] * size[1] // 64)
-    assert d.inputs.isfinite().all() and D.seen(d, 8).shape == d.target.shape == D.paste_visible(d.target, d, 8).shape
+    assert torch.equal(view, before)
+    assert d.inputs.shape == (4, channels, *size)
 
 
-SETTINGS = [                                                    # BM Table 2 and A.3
-    *[("zoom_in", dict(zoom_size=s)) for s in (96, 128, 160, 192, 208)], ("zoom_in", dict(zoom_at="random")),
-    ("zoom_in", dict(view_size=320)), ("mask", dict(mask_kind="block")), ("mask", dict(mask_kind="center", mask_ratio=0.49)),
-    *[("zoom_out", dict(zoom_size=s)) for s in (96, 128, 160, 192, "rand")],
-    *[("zoom_out", dict(zoom_fill=f)) for f in ("none", "black", "other")],
-    *[("distort", dict(twist=t)) for t in ((0.15, 0.2), (0.2, 0.25), (0.25, 0.3))],
-    ("distort", dict(warp="wave")), ("distort", dict(view_size=288)),
-    *[("blur", dict(blur_kernel=k)) for k in (5, 7, 9, 11, "rand")], *[("decolor", dict(saturation=s)) for s in (0, 0.3, 0.6)],
-    ("zoom_in", dict(mask_ratio=0.75)), ("zoom_out", dict(mask_ratio=0.75)), ("zoom_in_mask", dict(mask_ratio=0.6, mask_unit=2)),
-]
+@pytest.mark.parametrize("task, hides, name, value", [
+    ("mask", 147, "mask_ratio", 0.75),
+    ("zoom_in", None, "zoom_size", 160),
+    ("zoom_out", None, "zoom_size", 160),
+    ("distort", None, "twist", (0.20, 0.25)),
+    ("blur", None, "blur_kernel", 9),
+    ("decolor", None, "saturation", 0.3),
+    ("zoom_in_mask", 147, "view_size", 320),
+    ("simmim", 120, "fill", "token"),
+    ("a2mim", 120, "fill", "mean"),
+])
+def test_defaults_are_the_papers(task, hides, name, value):
+    """BM Table 2's best, A2 5.1. What is hidden is compared, or all."""
+    view = picture(1, 3, *D.view_size(task, 224))
+    d, same = (D.degrade(view, task, 224, 16, seed(), **{name: x}) for x in (None, value))
+    assert torch.equal(d.inputs, same.inputs)
+    assert d.counted is d.hidden
+    assert hides == (d.hidden if d.hidden is None else d.hidden.sum())
 
 
-@pytest.mark.parametrize("task, settings", SETTINGS, ids=lambda x: str(x))
-def test_every_setting_of_table_2_and_a3(task, settings):
-    """It runs, the same seed gives the same result, another seed another one where the task is random; and a part
-    of a batch is damaged as it is within the whole."""
-    size = (224, 224)
-    view = torch.rand(4, 3, *D.view_size(task, size, settings.get("view_size")), generator=seed())
-    a, b, other = (D.degrade(view, task, size, 16, seed(s), **settings) for s in (7, 7, 8))
-    part = D.degrade(view[2:], task, size, 16, seed(7), (2, 4), **settings)
-    for x, y, z in zip(a[:4], b, part):
-        assert (x is None and y is None and z is None) or (torch.equal(x, y) and torch.allclose(x[2:].float(), z.float(), atol=1e-5))
-    fixed = task in ("decolor",) or (task == "zoom_in" and settings.get("zoom_at") != "random" and "mask_ratio" not in settings) \
-        or settings.get("mask_kind") == "center" or settings.get("zoom_fill") == "none"
-    changed = not torch.equal(a.inputs, other.inputs) or (a.hidden is not None and not torch.equal(a.hidden, other.hidden))
-    assert changed != fixed
+def test_larger_views():
+    """BM A.1, A.2: the centre of 320 px, unscaled. Table 1: a fisheye without missing pixels."""
+    view = picture(1, 3, *D.view_size("zoom_in_mask", 224))
+    zoom, whole, bent = (D.degrade(view, task, 224, generator=seed())
+                         for task in ("zoom_in", "zoom_in_mask", "distort"))
+    center = view[:, :, 48:272, 48:272]
+    assert all(torch.equal(x, center) for x in (zoom.inputs, whole.inputs, bent.target))
+    assert torch.equal(bent.inputs, D.scaled(D.fisheye(view, generator=seed()), (224, 224)))
+    assert torch.equal(zoom.target, D.scaled(view, (224, 224)))
+    assert whole.target is view
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda x: D.degrade(x, "sharpen"), "unknown task 'sharpen'"), (lambda x: D.degrade(x, "mask", saturation=1), "no setting 'saturation'"),
-    (lambda x: D.view_size("zoom_in", 32, 16), "view size 16"), (lambda x: D.view_size("zoom_in", 32, 33), "view size 33"),
-    (lambda x: D.degrade(x, "zoom_in", 64, 8), "smaller than"), (lambda x: D.zoom_in(x, (64, 64)), "smaller than"),
-    (lambda x: D.degrade(x, "mask", patch_size=8, mask_kind="center", mask_ratio=0.05), "hides none")])
-def test_what_degrade_refuses(call, says):
+SETTINGS = {  # BM Table 2 and A.3
+    "zoom_in": dict(zoom_size=(96, 128, 160, 192, 208), zoom_at=["random"], mask_ratio=[0.75]),
+    "mask": dict(mask_kind=D.MASKS, mask_unit=[2]),
+    "zoom_out": dict(zoom_size=(96, 128, 160, 192, "rand"), zoom_fill=("none", "black", "other")),
+    "distort": dict(twist=[(0.15, 0.2), (0.2, 0.25), (0.25, 0.3)], warp=["wave"]),
+    "blur": dict(blur_kernel=(5, 7, 9, 11, "rand")),
+    "decolor": dict(saturation=(0, 0.3, 0.6)),
+    "a2mim": dict(mask_kind=["hole"]),
+}
+
+
+@pytest.mark.parametrize("task, name, value", [
+    (task, name, value) for task in SETTINGS for name in SETTINGS[task]
+    for value in SETTINGS[task][name]])
+def test_a_seed_is_a_result_for_any_split_and_device(task, name, value):
+    """`within` of a batch is the whole batch cut. Numbers are drawn on the CPU, used elsewhere."""
+    def go(view, **within):
+        return D.degrade(view, task, 224, generator=seed(), **{name: value}, **within)[:4]
+
+    view = picture(4, 3, *D.view_size(task, 224))
+    device = "cuda" if torch.cuda.is_available() else "meta"  # "meta" has no numbers
+    part = go(view[2:], within=(2, 4))
+    for x, again, cut, there in zip(go(view), go(view), part, go(view.to(device))):
+        if x is not None:
+            assert torch.equal(x, again)
+            assert close(x[2:], cut)
+            assert there.device.type == device
+            assert device == "meta" or close(x, there.cpu(), 1e-4)
+
+
+def test_a_task_is_a_function_and_a_row(monkeypatch):
+    """Its keyword arguments are options. Booleans, None and several numbers are parsed."""
+    def turn(images, patch_size, flip=False, gain=None, span=(1, 2)):
+        given.append((patch_size, flip, gain, *span))
+        return images
+
+    given = []
+    monkeypatch.setitem(D.TASKS, "turn", D.Task(turn, "a task of one's own"))
+    parser = argparse.ArgumentParser()
+    for name, default in D.task_settings("turn").items():
+        parser.add_argument(f"--{name}", **D.option(name, default))
+    for line in ("--flip True --gain 0.5 --span 3 4", "--flip False --gain None"):
+        D.degrade(picture(1, 3, 32, 32), "turn", 32, 8, **vars(parser.parse_args(line.split())))
+    assert given == [(8, True, 0.5, 3, 4), (8, False, None, 1, 2)]
+    for wrong in ("--flip yes", "--span 3", "--saturation 1"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong.split())
+
+
+@pytest.mark.parametrize("says, task, settings", [
+    ("no setting 'saturation'", "mask", dict(saturation=1)),
+    ("mask ratio 1.0", "mask", dict(mask_ratio=1.0)),
+    ("hides none", "mask", dict(mask_ratio=0.05, mask_kind="center")),
+    ("1 is not even", "zoom_out", dict(zoom_fill="other")),
+])
+def test_what_degrade_refuses(says, task, settings):
     with pytest.raises(ValueError, match=says):
-        call(torch.zeros(2, 3, 32, 32))
+        D.degrade(torch.zeros(1, 3, 32, 32), task, 32, 8, **settings)
 
 
-def test_the_demo_writes_one_picture_with_every_task(tmp_path, capsys):
-    from PIL import Image
-    D.main(["--out", str(tmp_path / "a.png")])
-    Image.open(tmp_path / "a.png").resize((300, 200)).save(tmp_path / "photo.jpg")
-    D.main([str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "b.png"), "--size", "64"])
-    said = capsys.readouterr().out
-    assert Image.open(tmp_path / "b.png").width == len(D.TASKS) * 68 + 4 and all(task in said for task in D.TASKS)
-    (tmp_path / "bad.jpg").write_text("no picture")
-    for wrong in ([str(tmp_path / "bad.jpg")], ["--size", "100"], ["--size", "32"], ["--size", "0"], ["--out", str(tmp_path / "nowhere/x.png")]):
-        with pytest.raises(SystemExit) as stop:
-            D.main(wrong)
-        assert stop.value.code == 2
+def test_what_is_seen_and_pasted_of_zoom_in_mask():
+    """What is dropped or beyond is grey. The input replaces what is recovered where it is seen."""
+    view, hidden = picture(1, 3, 12, 12), torch.tensor([[True, False, False, True]])
+    d = D.degrade(view, "zoom_in_mask", 8, 4, hidden=hidden)
+    visible = torch.zeros(12, 12) > 0
+    visible[2:6, 6:10] = visible[6:10, 2:6] = True
+    assert torch.equal(D.seen(d, 4), torch.where(visible, view, 0.5))
+    assert torch.equal(D.paste_visible(-view, d, 4), torch.where(visible, view, -view))

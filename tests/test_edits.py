@@ -1,0 +1,158 @@
+"""What people change first: each edit is made on a copy of the files and trains three steps.
+
+An edit is a list of (file, before or after which line, the line's beginning, new lines). Nothing
+else has to be touched.
+"""
+import functools
+
+import pytest
+import torch
+
+import models
+from conftest import ROOT, TINY, command, ended, forked, log_of
+
+TASK = [("degrade.py", "before", "# --- The table of tasks ---", '''
+def shuffle(images, patch_size, share=0.5, turned=False, generator=None, within=None):
+    """A share of the patches is put in another order: (B, C, H, W)."""
+    p, (B, C, H, W) = patch_size, images.shape
+    patches = F.unfold(images.flip(3) if turned else images, p, stride=p)  # (B, C p p, N)
+    u = random_numbers(B, patches.shape[2], generator=generator, within=within)
+    moved = (u < share).float() * (1 + u)
+    return F.fold(patches.gather(2, moved.argsort(1)[:, None].expand_as(patches)), (H, W), p,
+                  stride=p)
+'''), ("degrade.py", "before", '    "zoom_out": Task(', '''
+    "shuffle": Task(shuffle, "patches in another order"),
+''')]
+LOSS = [("losses.py", "after", '    "l1": torch.abs', '''
+    "charbonnier": lambda error: (error.square() + 1e-6).sqrt(),
+''')]
+AVERAGE = [("pretrain.py", "before", "    start, recent = begin(", '''
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda a, b, _: a.lerp(b, 0.01))
+    state["average"] = average
+'''), ("pretrain.py", "after", "        optimizer.zero_grad()", '''
+        average.update_parameters(model)
+''')]
+MASK = [("degrade.py", "before", "# A mask function is given what", '''
+def dark_mask(images, patch_size, ratio):
+    """The darkest patches are hidden: (B, N) bool."""
+    grey = F.avg_pool2d(images.mean(1, keepdim=True), patch_size).flatten(1)
+    return grey.argsort(1).argsort(1) < round(ratio * grey.shape[1])
+'''), ("degrade.py", "before", "def patch_pixels(", '''
+MASKS["dark"] = dark_mask
+''')]
+TENSORS = [("pretrain.py", "before", '    if data == "shapes" or data in SETS:', '''
+    if data.endswith(".pt"):
+        return "small"
+'''), ("pretrain.py", "before", '    if kind == "small":', '''
+    if args.data.endswith(".pt"):
+        images = torch.load(args.data, weights_only=True)
+        return MemorySet(images, torch.zeros(len(images)), ["all"], args.data)
+''')]
+NETWORK = [("models.py", "before", "# --- BM: an encoder-decoder ---", '''
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim)
+
+    def forward(self, z, drop=None):
+        y = self.norm(self.conv_dw(z).permute(0, 2, 3, 1))
+        return z + branch(self.mlp(y).permute(0, 3, 1, 2), drop, 0)
+
+
+class ConvNeXt(Encoder):
+    stride = 32
+    first = "stem"
+
+    def __init__(self, img_size, patch_size, depths, widths, channels=3, num_classes=0):
+        super().__init__(img_size, patch_size, channels)
+        self.stem = nn.Conv2d(channels, widths[0], 4, 4)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in zip(widths, widths[1:]))
+        self.stages = nn.ModuleList(nn.Sequential(*(ConvNeXtBlock(w) for _ in range(n)))
+                                    for n, w in zip(depths, widths))
+        self.widths, self.dim = [widths[0], *widths], widths[-1]
+        self.branches = sum(depths)
+        self.fc = classifier(self.dim, num_classes)
+
+    def encode(self, images, after=lambda l, z: z, drop=None):
+        z, i = after(0, self.stem(self.normalize(images))), 0
+        for l, stage in enumerate(self.stages, 1):
+            z = z if l == 1 else self.down[l - 2](z)
+            for block in stage:
+                z, i = block(z, None if drop is None else drop[:, i:i + 1]), i + 1
+            z = after(l, z)
+        return z
+'''), ("models.py", "after", '    "resnet152": resnet(', '''
+    "convnext": Network(ConvNeXt, dict(depths=(1, 1, 2, 1), widths=(32, 64, 128, 256)), 4, 3),
+''')]
+
+EDITS = {"task": (TASK, "--task shuffle --share 0.75 --turned False"),
+         "loss": (LOSS, "--loss charbonnier"),
+         "average": (AVERAGE, ""),
+         "mask": (MASK, "--task mask --mask_kind dark --mask_ratio 0.5"),
+         "tensors": (TENSORS, "--data {folder}/set.pt"),
+         "network": (NETWORK, "--task a2mim --model convnext --img_size 32 --patch_size 8")}
+
+
+def edited(name, folder):
+    """The files, edited, in `folder`, and the Python that makes them the ones that are imported."""
+    texts = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+    for file, where, beginning, new in EDITS[name][0]:
+        lines = texts[file].split("\n")
+        at, = (i for i, line in enumerate(lines) if line.startswith(beginning))
+        lines.insert(at + (where == "after"), new.strip("\n"))
+        texts[file] = "\n".join(lines)
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    rooms = [path.stem for path in ROOT.glob("*.py")]
+    return (f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+            f"for name in {rooms}: sys.modules.pop(name, None)")
+
+
+def train(name, folder, *more):
+    """(exit code, what was said) of pretrain.py with the edit."""
+    start = functools.partial(command, preamble=edited(name, folder))
+    flags = EDITS[name][1].format(folder=folder).split()
+    argv = ["--model", "vit_micro", *TINY[2:], *flags, "--steps", 3, "--out", folder / "run", *more]
+    codes, said = ended(*forked(start, "pretrain", *argv))
+    return codes[0], said
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_trains(name, tmp_path):
+    images = torch.randint(256, (20, 3, 20, 20), generator=torch.Generator().manual_seed(0))
+    torch.save(images.byte(), tmp_path / "set.pt")
+    code, said = train(name, tmp_path)
+    log = log_of(tmp_path / "run")
+    assert code == 0 and len(log) == 3 and all(line["grad_norm"] > 0 for line in log), said
+
+
+def test_a_new_loss_is_the_loss_of_the_default_task(tmp_path):
+    """Charbonnier is above L1 by less than its constant, and is not L1."""
+    (tmp_path / "b").mkdir()
+    assert train("loss", tmp_path)[0] == 0 == train("loss", tmp_path / "b", "--loss", "l1")[0]
+    ours, l1 = (log_of(x / "run")[0]["loss"] for x in (tmp_path, tmp_path / "b"))
+    assert 0 < ours - l1 < 1e-3
+
+
+def test_float_tensors_are_refused(tmp_path):
+    torch.save(torch.rand(20, 3, 20, 20), tmp_path / "set.pt")
+    code, said = train("tensors", tmp_path)
+    assert code == 2 and "images are uint8, not torch.float32" in said
+
+
+def test_an_average_of_the_weights_is_saved_and_loaded(tmp_path):
+    assert train("average", tmp_path)[0] == 0
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["average"]["n_averaged"] == 3
+    assert train("average", tmp_path, "--resume")[0] == 0
+
+
+def test_the_encoder_of_a_run_in_three_lines_refuses_wrong_input(run, tmp_path):
+    assert run("--task", "mask", "--steps", 2)[0] == 0
+    model = models.load_encoder(tmp_path / "run")
+    images = torch.rand(2, 3, 16, 16)
+    assert model(images).shape == (2, 128) and not model.training
+    for wrong in ((images * 255).byte(), 4 * images - 2):
+        with pytest.raises(ValueError, match="floats in \\[0, 1\\]"):
+            model(wrong)
