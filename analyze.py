@@ -10,9 +10,9 @@
 BM is *Beyond Masking* (arXiv 2203.14313), A2 is *A2MIM* (arXiv 2205.13943; sections 3.1 to 3.3,
 appendix B). RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or
 torchvision's names, or none: random weights, to compare. --out gets NAME.json, every number, and
-NAME.png, all runs on one sheet. Curves want matplotlib. On two CPU cores and the built-in data
-each takes seconds to two minutes. --paper takes the papers' sample counts. --resume keeps the
-runs that NAME.json has. All runs are shown the same images, each at its own size and crop.
+NAME.png, all runs on one sheet (with matplotlib). On two CPU cores each takes seconds to two
+minutes of the built-in data. --paper takes the papers' sample counts, --resume keeps the runs that
+NAME.json has. All runs are shown the same images, each at its own size and crop.
 
 B batch, C channels, H x W pixels, p patch size, N patches.
 visible (k, N) bool: True = the patch is shown.
@@ -39,6 +39,7 @@ import probe
 from pretrain import PICTURE, check, load_data, positive_int, precision, seeded
 
 CHOSEN, HIDDEN, PAIRS, CONTEXTS = range(200, 204)  # further streams of random numbers
+
 
 def main(argv=None):
     args = options(argv)
@@ -89,7 +90,7 @@ def main(argv=None):
 
 def options(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = pretrain.Parser(description=__doc__.split("\n")[0])
+    p = pretrain.Parser(description=(__doc__ or "").split("\n")[0])
     names = p.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, (about, measure, _, counts, paper) in NAMES.items():
         q = names.add_parser(name, help=about, description=measure.__doc__)
@@ -592,7 +593,7 @@ def reconstruct(run, data, rows, process):
 
     view = next(data.plain(rows[:run.rows // 2 * 2], run.rows, tuple(c.view), process.device))[0]
     c.seed = run.seed
-    run.picture = pretrain.recovery_sheet(model, view, c, amp, 0)
+    run.picture = pretrain.recovery_sheet(model, view, c, amp)
     mse, without, pixels = (sums / len(rows)).tolist()
     return dict(task=c.task, images=len(rows), normalised_per=c.norm_target, mse=mse,
                 mse_without_token=without if inside else None, mse_shown=pixels)

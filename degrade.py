@@ -513,14 +513,25 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
 # --- Pictures ---
 
 def read_image(path):
-    """An image file as RGB, upright (EXIF): (3, H, W) uint8. Of 16 bits the upper 8 are taken."""
+    """An image file as RGB, upright (EXIF): (3, H, W) uint8. Of 16 bits the upper 8 are taken.
+
+    ValueError where the range of its values is not known: floats, 32 bits, 12 bits in 16.
+    """
     import numpy
     from PIL import Image, ImageOps  # comes with torchvision
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((numpy.array(image) / 257).clip(0, 255).astype(numpy.uint8))
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+        deep = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
+        pixels = numpy.array(image) if deep else None
+        wide = image.mode in ("F", "I") and not deep
+        if wide or deep and 255 < pixels.max() < 4096:
+            raise ValueError(f"the range of its {image.mode} values is not known: save 8 bits, or "
+                             "16 that reach 65535")
+        if deep:
+            pixels = Image.fromarray((pixels / 257).astype(numpy.uint8))
+            pixels.info = image.info
+            image = pixels
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
 
 def onto(canvas, picture):
@@ -574,7 +585,7 @@ def sheet(columns, titles, note="", side=128):
 
 
 def example_picture(size):
-    """A picture to show tasks on: (1, 3, size, size), a sun, a hill, a house and a fence."""
+    """A sun, a hill and a house, to show tasks on: (1, 3, size, size)."""
     x = (torch.arange(size) + 0.5) / size
     y = x[:, None]
     picture = torch.stack([0.45 + 0.5 * y, 0.7 + 0.2 * y, 1 - 0.25 * y])
@@ -583,7 +594,6 @@ def example_picture(size):
         (y > 0.6 + 0.08 * torch.sin(7 * x), (0.4, 0.65, 0.3)),
         (((x - 0.38).abs() < 0.16) & ((y - 0.62).abs() < 0.14), (0.85, 0.45, 0.35)),
         ((y > 0.3 + 0.9 * (x - 0.38).abs()) & (y < 0.49), (0.5, 0.2, 0.2)),
-        (((x * 16) % 1 < 0.3) & ((y - 0.88).abs() < 0.07), (0.95, 0.93, 0.88)),
     ):
         picture = torch.where(where, torch.tensor(color).view(3, 1, 1), picture)
     return picture[None]
@@ -593,8 +603,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One picture of every task.", allow_abbrev=False)
     parser.add_argument("image", nargs="?", help="an image file; default: a drawn scene")
     parser.add_argument("--out", default="tasks.png", help="default: tasks.png")
-    parser.add_argument("--size", type=int, default=224, choices=range(64, 1025, 32), metavar="S",
-                        help="input size in pixels, a multiple of 32, A2's mask cell; default: 224")
     args = parser.parse_args(argv)
     photo = example_picture(512)
     try:
@@ -603,12 +611,12 @@ def main(argv=None):
             photo = center_crop(photo, min(photo.shape[2:]))
         columns = []
         for name in TASKS:
-            view = scaled(photo, view_size(name, args.size)).clamp(0, 1)
-            d = degrade(view, name, args.size, 16, torch.Generator().manual_seed(0))
-            shown = [scaled(x, (args.size, args.size)) for x in (view, seen(d, 16), d.target)]
+            view = scaled(photo, view_size(name, 224)).clamp(0, 1)
+            d = degrade(view, name, 224, 16, torch.Generator().manual_seed(0))
+            shown = [scaled(x, (224, 224)) for x in (view, seen(d, 16), d.target)]
             columns.append(torch.cat(shown))
         note = "rows: the view; what the encoder sees; what is to be recovered"
-        sheet(columns, list(TASKS), note, side=min(args.size, 160)).save(args.out)
+        sheet(columns, list(TASKS), note, side=160).save(args.out)
     except (OSError, ValueError) as error:
         parser.exit(2, f"degrade.py: {error}\n")
     print(f"wrote {args.out}: {', '.join(TASKS)}")

@@ -7,8 +7,7 @@
 
 --weights is a folder that pretrain.py left (model, sizes and data are then that run's), a file with
 timm's, MAE's or torchvision's names, or none. Images are DIR/train/<class>/... and
-DIR/val/<class>/..., or a set by name. BM section 4.2; A2 sections 5.2, A.1, Table A2. Two machines:
-as in pretrain.py. With 100 labels a class the built-in pictures take a minute on two CPU cores.
+DIR/val/<class>/..., or a set by name. BM section 4.2; A2 sections 5.2, A.1, Table A2.
 
 The last line is JSON, also saved as result.json: top-1 and top-5 in %, and the images measured.
 """
@@ -40,7 +39,7 @@ def main(argv=None):
     args, weights, run = options(argv)
     process = pretrain.set_up(args.device)
     device, on_first, amp = process.device, process.rank == 0, precision(args, process.device)
-    data, val = labelled_data(args, process, run)
+    data, val = labelled_data(args, process, not args.eval, run.get("classes"))
     settle(args, process, data)
 
     # the encoder with a fresh head, which starts near 0 for a ViT as MAE's; --eval keeps its head
@@ -194,7 +193,7 @@ def open_run(weights, data=None, model=None, recipe=None, trains=False):
 
 
 def encoder_options(o):
-    """What fine-tuning, probing and analyses ask about an encoder."""
+    """What all scripts ask about an encoder."""
     o("--patch_size", type=positive_int, help="of a ViT")
     o("--pool", choices=("cls", "mean"), help="the features of a ViT")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero")
@@ -218,7 +217,7 @@ def options(argv=None):
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen.data, chosen.model, chosen.recipe,
                                       not chosen.eval)
-    p = pretrain.Parser(parents=[first], description=__doc__.split("\n")[0])
+    p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
     o("--labels", type=positive_int, help="keep so many labelled images a class, chosen by --seed")
     encoder_options(o)
@@ -266,18 +265,21 @@ def settle(args, process, data):
 
 # --- Data, augmentation, loss, optimiser ---
 
-def labelled_data(args, process, run):
-    """The images to train on, --labels of each class, and those to measure, of the same classes.
-    --eval has only the latter, twice.
+def labelled_data(args, process, trains=True, classes=None):
+    """The images to train on, --labels of each class, and those to measure, of no other classes.
+    trains False: those to measure twice; classes: of the run that is measured, where known.
     """
-    val = load_data(args, process, "val", labelled=True)
-    data = val if args.eval else load_data(args, process, "train", labelled=True)
-    known = run.get("classes", val.classes) if args.eval else data.classes
-    check(known == val.classes, f"the classes of {args.data}/val are not those trained on: "
-          f"{', '.join(sorted(set(known) ^ set(val.classes))[:5]) or 'another order'}")
-    if args.labels and not args.eval:
-        data = few_labels(data, args.labels, args.seed)
-    return data, val
+    if trains:
+        data = load_data(args, process, "train", labelled=True)
+        classes = data.classes
+    val = load_data(args, process, "val", labelled=True, classes=classes)
+    check(classes in (None, val.classes), f"{args.data} has other classes than were trained on")
+    absent = [c for i, c in enumerate(val.classes) if i not in set(val.labels.tolist())]
+    if absent and process.rank == 0:
+        print(f"{args.data}/val has no images of {', '.join(absent)}")
+    if not trains:
+        return val, val
+    return few_labels(data, args.labels, args.seed) if args.labels else data, val
 
 
 def few_labels(data, k, seed):
@@ -413,7 +415,8 @@ def measured(args, step):
 def report(args, process, result):
     """result.json in --out, also printed."""
     line = json.dumps(dict(model=args.model, data=args.data, labels=args.labels, seed=args.seed,
-                           weights=args.weights, steps=args.total, **result))
+                           weights=args.weights, steps=None if args.eval else args.total,
+                           **result))
 
     def write():
         args.out.mkdir(parents=True, exist_ok=True)

@@ -628,7 +628,7 @@ RECOVERY = ("decoder", "mask_token")  # names of what only recovers the image: n
 
 def read_weights(path):
     """A file of tensors and plain values, or that of a run's folder, as a dict."""
-    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else os.fspath(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's files hold options
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -637,7 +637,8 @@ def read_weights(path):
     except Exception as error:  # unpickling fails in as many ways as there are files
         code = "GLOBAL" in str(error)
         why = "holds objects, which could run code" if code else "is damaged or of another kind"
-        raise ValueError(f"{path} {why}: give a file of tensors that torch.save wrote")
+        raise ValueError(f"{path} {why}: give a file of tensors that torch.save wrote; where you "
+                         "trust it, load it and save its state dict")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state
@@ -646,10 +647,17 @@ def read_weights(path):
 def tensors(state):
     """What a file holds -> its weights {name: tensor}, and the prefix taken off their names.
 
-    Of several networks in a file it is the first.
+    Of several networks under prefixes it is the first. Of several dicts of weights it is "model" or
+    "state_dict".
     """
-    for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
+    within = {k: v for k, v in state.items() if isinstance(v, dict)
+              and any(isinstance(x, torch.Tensor) for x in v.values())}
+    if within and not any(isinstance(x, torch.Tensor) for x in state.values()):
+        key = next((k for k in ("model", "state_dict") if k in within), list(within)[0])
+        if key not in ("model", "state_dict") and len(within) > 1:
+            raise ValueError(f"several dicts of weights, {', '.join(map(repr, within))}: load the "
+                             "file, and save the one you want alone")
+        state = within[key]
     found = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
@@ -700,6 +708,8 @@ def grid_of(state, weights, grid):
     config = state.get("config")
     if config:
         return tuple(side // config["patch_size"] for side in config["img_size"])
+    if weights["pos_embed"].ndim != 3:
+        raise ValueError(f"pos_embed is {tuple(weights['pos_embed'].shape)}, not (1, 1 + N, D)")
     count = weights["pos_embed"].shape[1] - 1
     side = math.isqrt(count)
     if side * side == count:
@@ -790,6 +800,8 @@ def main(argv=None):
     if args.export:
         run, out = args.export
         try:
+            if out.endswith(".safetensors"):
+                raise ValueError(f"{out}: what is written is torch's own kind, call it .pth")
             torch.save(export(tensors(read_weights(run))[0]), f"{out}.part")
             os.replace(f"{out}.part", out)  # whole or not at all
         except (ValueError, OSError, RuntimeError) as error:

@@ -1,6 +1,6 @@
 """Pre-train an encoder: damage an image, learn to recover it.
 
-    python pretrain.py                                    a laptop's CPU, the built-in pictures
+    python pretrain.py                                    a laptop's CPU, built-in pictures
     python pretrain.py --task a2mim --model resnet18      another task, another network
     python pretrain.py --task blur --help                 the options and defaults of one task
     torchrun --nproc_per_node=8 pretrain.py --task zoom_in_mask --data /path/to/imagenet
@@ -15,8 +15,7 @@ A step is four lines of main():  view -> degrade -> model -> loss.  Everything e
 feeds it (data), shares it (processes, precision), or keeps it (checkpoint, log, picture).
 
 What is random is a function of (seed, step), never of how the work is split. The number of
-processes, accumulation, loader workers and resuming do not change it. (Batch norm is over one
-micro-batch of all processes, so a ResNet's run does depend on --accum.)
+processes, accumulation, loader workers and resuming do not change it.
 
 Exit code: 0 done, 1 the run failed, 2 bad request, 130 or 143 stopped by a signal after saving.
 A second Ctrl-C leaves at once, without.
@@ -205,7 +204,7 @@ def recipe(task, data, model):
 # --- Options ---
 
 class Parser(argparse.ArgumentParser):
-    """True defaults in the help, and one line for what is wrong."""
+    """Defaults in the help, and one line for what is wrong."""
 
     def __init__(self, **more):
         wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=100,
@@ -273,9 +272,7 @@ def machine_options(o):
 
 
 def options(argv=None):
-    """The command line. --task, --data and --model are read first: they settle the defaults, and
-    which settings there are.
-    """
+    """The command line. What settles the defaults of the rest is read first."""
     first = Parser(add_help=False)
     first.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, metavar="TASK",
                        help=", ".join(degrade.TASKS))
@@ -288,7 +285,7 @@ def options(argv=None):
     defaults = recipe(chosen.task, chosen.data, chosen.model)
     network = models.MODELS[defaults["model"]]
 
-    p = Parser(parents=[first], description=__doc__.split("\n")[0])
+    p = Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
     o("--patch_size", type=positive_int, help="side of a patch: a ViT's, and what is hidden or not")
     o("--token_at", metavar="PLACE", help="where the mask token enters: decoder, input, middle, "
@@ -326,8 +323,8 @@ def options(argv=None):
 
 
 def settle(args, process, data):
-    """What follows from the options and the data: where the token enters and what hidden patches
-    hold, the view, the share of each process, the folder.
+    """What follows from the options and the data: where the token enters, what hidden patches hold,
+    the view, the share of each process, the folder.
     """
     settings, usual = args.settings, degrade.TASKS[args.task].fill
     layer, fill = models.token_layer(args.model, args.token_at), settings["fill"]
@@ -401,7 +398,8 @@ def describe(args, process, data, start):
             f"{args.total} steps of {args.batch_size} images = {args.micro_batch} x "
             f"{process.world} processes x {args.accum}, learning rate {args.lr:g} x "
             f"{args.batch_size} / 256 = {args.peak_lr:.3g}, {args.warmup_steps} steps of warm-up, "
-            f"from step {start}\n" + textwrap.fill(config, 100))
+            f"from step {start}\n" + textwrap.fill(config, 100)
+            + "\nonly so many steps: little is learnt" * (args.total < 300))
 
 
 # --- Processes, precision, schedule ---
@@ -440,7 +438,8 @@ def set_up(device):
         check(here <= gpus, f"--device cuda: {here} processes on a machine with {gpus} GPUs")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    torch.set_num_threads(max(1, cores() // here))
+    if world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+        torch.set_num_threads(max(1, cores() // here))
     if sys.platform == "linux":  # keep freed memory: asking for it again takes a tenth of a step
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -482,7 +481,7 @@ def on_rank_0(write, process, kind=Failed):
 
 
 def precision(args, device):
-    """--amp as torch.autocast's dtype, None for float32. auto: what the hardware is fast at."""
+    """--amp as torch.autocast's dtype, None: float32. auto: what the hardware is fast at."""
     kinds = dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)
     if args.amp == "auto" and device.type == "cuda":
         args.amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
@@ -512,7 +511,7 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
 
 
 def parallel(model, compiled, process):
-    """The model as the loop calls it: compiled, and its gradients averaged over the processes."""
+    """The model as the loop calls it: compiled, its gradients averaged over processes."""
     if compiled:
         model.compile()
     if process.world == 1:
@@ -545,7 +544,7 @@ def refuse_bad(data, bad, process):
         files = sorted({what for names in gather(list(data.bad), process) for what in names})
         more = f" and {len(files) - 20} more, named above" if len(files) > 20 else ""
         raise Failed("" if process.rank else f"{bad:.0f} of {len(data):,} images cannot be read, "
-                     f"more than 1%: mend or replace {'; '.join(files[:20])}{more}; then --resume")
+                     f"more than 1%: mend or replace {'; '.join(files[:20])}{more}")
 
 
 # --- Data: which images, and views of them ---
@@ -568,8 +567,8 @@ def samples(step, batch, length, seed):
 
 
 def micro_batches(args, process, start):
-    """This process's micro-batches: the first row of each in the batch, and, for `batches`, all
-    that follow from step `start` on: (step, batch, its rows) ...
+    """This process's micro-batches: the first row of each in the batch; and for `batches` all from
+    step `start` on: (step, batch, its rows) ...
     """
     k = args.micro_batch
     first_rows = [(a * process.world + process.rank) * k for a in range(args.accum)]
@@ -654,9 +653,16 @@ class MemorySet:
 
 
 def inner(data, split):
-    """A folder's own folder for a split, or the whole of it."""
+    """A folder's own folder for a split, or all of it, also where `train` is one class of many."""
     folder = os.path.join(data, split)
-    return folder if os.path.isdir(folder) else data
+    others = {name for name in os.listdir(data) if name not in ("train", "val", "test")}
+    classes = any(name.lower().endswith(IMG_FILES) for other in others
+                  if os.path.isdir(os.path.join(data, other))
+                  for name in os.listdir(os.path.join(data, other)))
+    return folder if os.path.isdir(folder) and not classes else data
+
+
+IMG_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
 
 def unreadable(error):
@@ -664,26 +670,31 @@ def unreadable(error):
 
 
 @functools.lru_cache(maxsize=4)
-def image_files(folder):
+def image_files(folder, labelled=False):
     """The sorted names of all images below a folder, relative to it, and how many hidden or system
-    files and folders were passed over. Links are followed, into no folder twice.
+    files and folders were passed over, and how many files of other kinds. Links are followed, into
+    no folder twice; labelled: but by two classes.
     """
-    found, seen, passed = [], set(), 0
+    found, seen, passed, others = [], set(), 0, 0
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         hidden = {name for name in folders + names
                   if name.startswith(".") or name in ("__MACOSX", "@eaDir")}
         folders[:] = sorted(set(folders) - hidden)
-        here = os.path.realpath(where)
+        inside = os.path.relpath(where, folder)
+        here = os.path.realpath(where), inside.split(os.sep)[0] if labelled else ""
         if here in seen or {"config.json", "log.jsonl"} <= set(names):  # a run's own pictures
             folders.clear()
             continue
         seen.add(here)
         passed += len(hidden)
-        inside = os.path.relpath(where, folder)
-        found += [os.fsencode(os.path.normpath(os.path.join(inside, name)))
-                  for name in set(names) - hidden if name.lower().endswith(IMG_EXTENSIONS)]
-    check(found, f"no images below {folder}: looked for {' '.join(IMG_EXTENSIONS)}")
-    return np.array(sorted(found)), passed  # one block, not a million objects
+        images = {name for name in set(names) - hidden if name.lower().endswith(IMG_FILES)}
+        others += len(set(names) - hidden - images)
+        found += [os.fsencode(os.path.normpath(os.path.join(inside, name))) for name in images]
+    check(found, f"no images below {folder}, {others} files of other kinds: looked for "
+          f"{' '.join(IMG_FILES)}")
+    left = [f"{passed:,} hidden or system names passed over"] * bool(passed)
+    left += [f"{others:,} files of other kinds left out"] * bool(others)
+    return np.array(sorted(found)), ", ".join(left)  # one block, not a million objects
 
 
 def ignore_signals(_):
@@ -696,17 +707,17 @@ class FolderSet(Dataset):
     """All images below a folder, read by loader processes. labelled: folder/<class>/... only."""
     channels = 3
 
-    def __init__(self, folder, labelled=False):
+    def __init__(self, folder, labelled=False, classes=None):
         self.folder, self.bad = folder, {}  # bad: what cannot be read, its last epoch
-        self.names, passed = image_files(folder)
-        self.found = f"{len(self.names):,} images"
-        if passed:
-            self.found += f" ({passed:,} hidden or system files passed over)"
+        self.names, left = image_files(folder, labelled)
+        self.found = f"{len(self.names):,} images in {folder}" + f" ({left})" * bool(left)
         of = [os.fsdecode(name).split("/") if labelled else ["", ""]
               for name in self.names.tolist()]
         loose = [name[0] for name in of if len(name) == 1]
         check(not loose, f"{loose[:1]} is in no class: labelled images are {folder}/<class>/...")
-        self.classes = sorted({name[0] for name in of})
+        self.classes = classes or sorted({name[0] for name in of})
+        more = sorted({name[0] for name in of} - set(self.classes))
+        check(not more, f"{folder} has classes that are not trained on: {', '.join(more[:5])}")
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = torch.tensor([number[name[0]] for name in of])
 
@@ -781,10 +792,9 @@ class FolderSet(Dataset):
                            for part in rows.split(batch)], device, workers)
 
 
-def load_data(args, process, split="train", labelled=False):
-    """--data as a set with .channels, .labels, .classes, .batches(...), .plain(...).
-
-    split: "train" or "val". labelled: a folder must be DIR/SPLIT/<class>/...
+def load_data(args, process, split="train", labelled=False, classes=None):
+    """--data as a set with .channels, .labels, .classes, .batches(...), .plain(...). split: "train"
+    or "val". labelled: a folder must be DIR/SPLIT/<class>/..., of `classes` where they are known.
     """
     train, kind = split == "train", kind_of(args.data)
     if kind == "shapes":
@@ -798,7 +808,7 @@ def load_data(args, process, split="train", labelled=False):
     check(folder != args.data or not labelled,
           f"there is no {args.data}/{split}: labelled images are {args.data}/train/<class>/... and "
           f"{args.data}/val/<class>/...")
-    data = FolderSet(folder, labelled)
+    data = FolderSet(folder, labelled, classes)
     copies = gather(data.contents, process)
     check(len(set(copies)) == 1, f"the processes see other images in {folder}, by count and names: "
           + ", ".join(f"rank {rank} {copy}" for rank, copy in enumerate(copies)))
@@ -965,7 +975,8 @@ def begin(args, process, state):
         for name, value in config_of(args).items():
             before = old["config"].get(name)
             check(name in MAY_CHANGE or before == value, f"{args.origin} was made with {name} "
-                  f"{before}, this command asks for {value}: give the same, or another --out")
+                  f"{before}, this command asks for {value}: give the same, or begin a longer or "
+                  f"other run in another --out with --weights {args.origin.parent}")
         for name, part in state.items():
             if old[name]:  # a scaler's may be empty
                 part.load_state_dict(old[name])
@@ -1025,12 +1036,12 @@ def recover(model, view, args, generator, amp, token=True):
     return d, prediction, model.denormalize(picture)
 
 
-def recovery_sheet(model, view, args, amp, stream=0):
+def recovery_sheet(model, view, args, amp):
     """View | what the encoder sees | recovered, two images a row, as a Pillow picture. Where a
     token enters inside the encoder, also | all that is predicted | the same without the token (A2
     Fig. A3). Failed when the prediction is not finite: such a model is not saved.
     """
-    d, prediction, picture = recover(model, view, args, seeded(args.seed, PICTURE, stream), amp)
+    d, prediction, picture = recover(model, view, args, seeded(args.seed, PICTURE), amp)
     if not prediction.isfinite().all():
         raise Failed("the model's prediction is not finite, the last checkpoint stays: --resume "
                      "with --amp off, or begin again with a lower --lr")
@@ -1039,8 +1050,8 @@ def recovery_sheet(model, view, args, amp, stream=0):
                "recovered": degrade.paste_visible(picture, d, p)}
     if args.token_at not in ("decoder", "none"):
         columns["all predicted"] = picture
-        columns["without token"] = recover(
-            model, view, args, seeded(args.seed, PICTURE, stream), amp, token=False)[2]
+        generator = seeded(args.seed, PICTURE)
+        columns["without token"] = recover(model, view, args, generator, amp, token=False)[2]
     borrowed = "each patch's mean and contrast are borrowed from the view"
     two_a_row = [x[rows::2] for rows in (0, 1) for x in columns.values()]
     return degrade.sheet(two_a_row, [*columns] * 2, borrowed if args.norm_target != "off" else "")
@@ -1075,9 +1086,21 @@ def leave(received, process):
     return 128 + number
 
 
+# What torch says, and what to do about it.
+WAYS_OUT = {
+    "out of memory": "raise --accum, or lower --batch_size",
+    "not enough memory": "raise --accum, or lower --batch_size",
+    "shared memory": "/dev/shm is too small for the loaders: --workers 0, or docker's --shm-size",
+    "compiler": "leave out --compile",
+}
+
+
 def command(main, argv=None):
     """main()'s exit code; or one line for what was refused (2), failed (1) or interrupted (130)."""
     line, first = "", os.environ.get("LOCAL_RANK", "0") == "0"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that it cannot encode
     try:
         code = main(argv) or 0
         if dist.is_initialized():
@@ -1092,8 +1115,11 @@ def command(main, argv=None):
             code, line = 2, str(error) if first else ""  # it is refused, by all processes alike
         else:
             code = 1
-            traceback.print_exc()
-        # its frames hold the loaders, which ignore SIGTERM: they would outlive this process
+            line = next((f"{str(error).splitlines()[0]}: {way}" for sign, way in WAYS_OUT.items()
+                         if sign in str(error)), "")
+            if not line:
+                traceback.print_exc()
+        # its frames hold the loaders, which ignore SIGTERM and would outlive this process
         traceback.clear_frames(error.__traceback__)
     if line:
         print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)

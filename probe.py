@@ -21,7 +21,7 @@ from tqdm import tqdm
 import finetune
 import models
 import pretrain
-from pretrain import check, learning_rate, load_data, positive_int, precision, samples, seeded
+from pretrain import check, learning_rate, positive_int, precision, samples, seeded
 
 LINEAR, BLOCKS = 102, 103  # further streams of random numbers
 BATCH, STORE = 256, 4 * 2 ** 30  # images at once; most bytes of tokens kept
@@ -32,10 +32,7 @@ def main(argv=None):
     args, weights = options(argv)
     process = pretrain.set_up(args.device)
     check(process.world == 1, f"one process, not {process.world}: start it with python")
-    data, val = (load_data(args, process, split, labelled=True) for split in ("train", "val"))
-    check(data.classes == val.classes, f"{args.data}: train and val have other classes")
-    if args.labels:
-        data = finetune.few_labels(data, args.labels, args.seed)
+    data, val = finetune.labelled_data(args, process)
     classes, amp = len(data.classes), precision(args, process.device)
     args.epochs = args.epochs or max(20, math.ceil(STEPS / math.ceil(len(data) / BATCH)))
     model = load_model(args, weights, data.channels, process)
@@ -98,7 +95,7 @@ def options(argv=None):
     finetune.first_options(first.add_argument)
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = finetune.open_run(chosen.weights, chosen.data, chosen.model)
-    p = pretrain.Parser(parents=[first], description=__doc__.split("\n")[0])
+    p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
     o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
     finetune.encoder_options(o)

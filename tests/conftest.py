@@ -52,6 +52,14 @@ def one_thread(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def little_disk(tmp_path):
+    """A ResNet's checkpoint has 140 MB, and pytest keeps the folders of three runs."""
+    yield
+    for checkpoint in tmp_path.rglob("checkpoint.pt"):
+        checkpoint.unlink()
+
+
+@pytest.fixture(autouse=True)
 def folders_anew():
     """A folder that a test changes is read again."""
     pretrain.image_files.cache_clear()

@@ -1,0 +1,153 @@
+"""What real folders hold: each case is read right, or one line says what is wrong."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import degrade
+import finetune
+import models
+import pretrain
+import probe
+from conftest import script, together, TINY
+
+
+def pictures(folder, count=4, mode="RGB", name="{}.png"):
+    """`count` pictures of 24 px in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).convert(mode)
+        image.save(folder / name.format(i))
+
+
+def labelled(folder, classes=("cat", "dog"), without=()):
+    for split in ("train", "val"):
+        for name in classes:
+            if (split, name) not in without:
+                pictures(folder / split / name)
+
+
+@pytest.mark.parametrize("dtype, top, right", [
+    (np.uint16, 65535, True), (np.uint16, 4095, False), (np.float32, 1, False),
+    (np.int32, 255, False)])
+def test_a_picture_is_read_at_its_range_or_refused(dtype, top, right, tmp_path):
+    """16 bits are scaled; of floats, 32 bits and 12 in 16 the range is not known."""
+    grey = np.linspace(0, 1, 24 * 24).reshape(24, 24)
+    Image.fromarray((grey * top).astype(dtype)).save(tmp_path / "x.tif")
+    if right:
+        image = degrade.read_image(tmp_path / "x.tif").float() / 255
+        assert (image - torch.from_numpy(grey)).abs().max() < 0.01
+    else:
+        with pytest.raises(ValueError, match="range of its"):
+            degrade.read_image(tmp_path / "x.tif")
+
+
+def test_the_demo_reads_as_training_does(tmp_path):
+    """A 16-bit picture is no white sheet."""
+    Image.fromarray(np.full((64, 64), 20000, np.uint16)).save(tmp_path / "x.png")
+    degrade.main([str(tmp_path / "x.png"), "--out", str(tmp_path / "y.png")])
+    view = degrade.read_image(tmp_path / "y.png")[:, 20:150, 10:150]  # the first view of `mask`
+    assert view.min() == view.max() == 20000 * 255 // 65535
+
+
+def test_a_class_called_train_is_no_split(run, tmp_path):
+    """Its siblings hold images too. With val beside it, and nothing else, it is one."""
+    for name in ("bus", "car", "train"):
+        pictures(tmp_path / "data" / name)
+    assert "12 images" in run("--steps", 1, data=tmp_path / "data")[1]
+    labelled(tmp_path / "split")
+    assert "8 images" in run("--steps", 1, data=tmp_path / "split", out=tmp_path / "b")[1]
+
+
+def test_a_path_stays_a_path(of, run, tmp_path, monkeypatch):
+    """A folder of one's own called shapes is not the built-in set, in no script."""
+    monkeypatch.chdir(tmp_path)
+    labelled(tmp_path / "shapes")
+    assert run("--steps", 1, data="./shapes", out="r")[0] == 0
+    code, said, _ = of(probe, "--weights", "r", data="./shapes", out="p")
+    assert code == 0 and '"images": 8' in said
+
+
+def test_what_is_no_image_is_counted_once(run, tmp_path):
+    """Hidden names are passed over, other kinds are left out: both are said."""
+    pictures(tmp_path / "data")
+    for name in ("._0.png", ".ipynb_checkpoints", "notes.txt", "array.npy"):
+        (tmp_path / "data" / name).touch()
+    said = run("--steps", 1, data=tmp_path / "data")[1]
+    assert "4 images" in said
+    assert "(2 hidden or system names passed over, 2 files of other kinds left out)" in said
+
+
+def test_a_class_without_val_images_is_allowed_and_said(of, tmp_path):
+    """The other way round, a class that is not trained on, is refused."""
+    labelled(tmp_path / "a", without=[("val", "dog")])
+    code, said, _ = of(finetune, data=tmp_path / "a")
+    assert code == 0 and "has no images of dog" in said
+    labelled(tmp_path / "b", without=[("train", "dog")])
+    code, _, complaint = of(finetune, data=tmp_path / "b", out=tmp_path / "r")
+    assert code == 2 and "classes that are not trained on: dog" in complaint
+
+
+def test_two_links_to_one_class_folder_are_two_classes(tmp_path):
+    labelled(tmp_path / "data", ("cat",))
+    (tmp_path / "data/train/copy").symlink_to(tmp_path / "data/train/cat")
+    data = pretrain.FolderSet(str(tmp_path / "data/train"), labelled=True)
+    assert data.classes == ["cat", "copy"] and len(data) == 8
+
+
+def test_other_copies_of_the_data_are_refused(tmp_path):
+    """Before the first step, and it is said which rank sees what."""
+    pictures(tmp_path / "0", 4)
+    pictures(tmp_path / "1", 5)
+    apart = (f"import os, sys; import pretrain; inner = pretrain.inner\n"
+             f"pretrain.inner = lambda data, split: inner(data + os.environ['RANK'], split)")
+    os.mkdir(tmp_path / "x")
+    argv = [*TINY, "--data", f"{tmp_path}/", "--out", tmp_path / "run"]
+    codes, said = together("pretrain", *argv, preamble=apart)
+    assert codes == [2, 2] and "rank 0 4 " in said and "rank 1 5 " in said
+
+
+def test_names_that_stdout_cannot_encode(tmp_path):
+    """They are printed with escapes."""
+    pictures(tmp_path / "donn\u00e9es")
+    where = ["--data", tmp_path / "donn\u00e9es", "--out", tmp_path / "run"]
+    job = script(*TINY, "--steps", 1, *where,
+                 env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    said, _ = job.communicate(timeout=100)
+    assert job.returncode == 0 and "donn\\xe9es" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or subprocess.run(
+    ["unshare", "-m", "true"], capture_output=True).returncode != 0, reason="wants mount rights")
+@pytest.mark.slow
+def test_a_small_shared_memory_ends_in_one_line(tmp_path):
+    """Docker gives 64 MB. The run ends, and says what to do."""
+    pictures(tmp_path / "data", 16)
+    start = (f"mount -t tmpfs -o size=1m t /dev/shm && exec timeout -k 5 60 {sys.executable} "
+             f"pretrain.py --task mask --model vit_micro --img_size 224 --patch_size 16 "
+             f"--workers 4 --data {tmp_path / 'data'} --batch_size 16 --steps 4 --out {tmp_path / 'run'}")
+    done = subprocess.run(["unshare", "-m", "bash", "-c", start], capture_output=True, text=True,
+                          cwd=os.path.dirname(pretrain.__file__))
+    assert done.returncode == 1 and "--workers 0" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("state, message", [
+    ({"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.zeros(1)}}, "several dicts"),
+    ({0: torch.zeros(3)}, "no named tensors"),
+    ({"patch_embed.proj.weight": torch.zeros(128, 3, 4, 4), "pos_embed": torch.zeros(65, 128)},
+     "pos_embed is")])
+def test_odd_weight_files_get_one_line(state, message):
+    with pytest.raises(ValueError, match=message):
+        models.load_weights(models.encoder("vit_micro", 32, 4), state)
+
+
+def test_a_single_dict_of_weights_is_found_under_any_key():
+    source = models.encoder("vit_micro", 32, 4)
+    target = models.encoder("vit_micro", 32, 4)
+    models.load_weights(target, {"model_ema": source.state_dict(), "epoch": 3})
+    assert torch.equal(target.cls_token, source.cls_token)
