@@ -130,7 +130,8 @@ def test_a_small_shared_memory_ends_in_one_line(tmp_path):
     pictures(tmp_path / "data", 16)
     start = (f"mount -t tmpfs -o size=1m t /dev/shm && exec timeout -k 5 60 {sys.executable} "
              f"pretrain.py --task mask --model vit_micro --img_size 224 --patch_size 16 "
-             f"--workers 4 --data {tmp_path / 'data'} --batch_size 16 --steps 4 --out {tmp_path / 'run'}")
+             f"--workers 4 --data {tmp_path / 'data'} --batch_size 16 --steps 4 "
+             f"--out {tmp_path / 'run'}")
     done = subprocess.run(["unshare", "-m", "bash", "-c", start], capture_output=True, text=True,
                           cwd=os.path.dirname(pretrain.__file__))
     assert done.returncode == 1 and "--workers 0" in done.stderr.splitlines()[-1], done.stderr
