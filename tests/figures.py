@@ -31,7 +31,7 @@ def main(argv=None):
     for task in ("mask", "zoom_in_mask", "a2mim"):
         job = table1.jobs(table, task, 0)[0]
         before.append(table.out / job.folder)
-        go(*job.argv, "--out", before[-1])  # goes on, or finds that it is done
+        go(*job.argv, "--out", before[-1])
     for weights in (*before, Path("none")):
         after.append(out / f"{weights.name}-tuned")
         go("finetune.py", "--weights", weights, "--labels", 100, "--resume", "--out", after[-1],
@@ -44,14 +44,13 @@ def main(argv=None):
 
 
 def go(*command):
-    """A command of this project, or the end."""
     command = [str(x) for x in command]
     if subprocess.run([sys.executable, *command], cwd=table1.ROOT).returncode:
-        sys.exit(f"figures.py: {' '.join(command)} failed: mend it, the same command goes on")
+        sys.exit(f"figures.py: {' '.join(command)} failed. The same command goes on")
 
 
 def sheet(folder):
-    """The six pictures in one: figures.png."""
+    """The six pictures in one."""
     from PIL import Image
     rows = []
     for names in ("reconstruct", "curves", "occlusion interaction", "fourier variance"):

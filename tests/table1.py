@@ -100,14 +100,14 @@ def jobs(args, task, seed):
         add("pretrain", "", steps, seed, *more.split())
     add("probe", "", None, seed, "--weights", weights)
     for (k, steps), draw in itertools.product(d["labels"].items(), range(DRAWS)):
-        network = DRAWS * seed if task == "none" else 0  # not twice the same
+        network = DRAWS * seed if task == "none" else 0
         add("finetune", f"-{k}-{draw}", steps, network + draw, "--weights", weights, "--labels", k,
             "--save_every", 100000)
     return found
 
 
 def result(folder, right):
-    """What a finished run found. None: it says other than `right`, or its encoder is newer."""
+    """What a finished run found. None: it is not `right`, or its encoder is newer."""
     try:
         config = json.loads((folder / "config.json").read_text())
         found = {k: config.get(k) for k in ("data", "seed", "hardware", "commit")}
@@ -120,7 +120,7 @@ def result(folder, right):
                          images=config["batch_size"] * config["total"])
         files = encoder, folder / "checkpoint.pt", file
         made = [x.stat().st_mtime for x in files if x.exists()]
-        if made[0] == min(made) and right.items() <= found.items():
+        if made[0] == min(made) and all(found.get(k) == v for k, v in right.items()):
             return found
     except (OSError, ValueError, LookupError):
         return None

@@ -372,13 +372,13 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
     good = ("import json, pathlib, sys; o = pathlib.Path(sys.argv[-1]); o.mkdir(exist_ok=True)\n"
             "for name in ('config', 'result'): (o / f'{name}.json').open('a').write(json.dumps("
             "dict(weights='none', knn=1, linear=2, top1=int(o.name[-1]))))")  # not twice
-    names = "probe-none-0", "finetune-none-0-100-0", "finetune-none-0-100-1"
+    runs = "probe-none-0", "finetune-none-0-100-0", "finetune-none-0-100-1"
     argv = f"--tasks none --seeds 1 --out {tmp_path}".split()
-    for code, second in ((1, "raise OSError('a full disk')"), (0, good)):
-        todo = [table1.Job(name, {}, ["-c", x]) for name, x in zip(names, (good, second, good))]
+    for code, bad in ((1, "raise OSError('a full disk')"), (0, good)):
+        todo = [table1.Job(n, dict(steps=None), ["-c", x]) for n, x in zip(runs, (good, bad, good))]
         monkeypatch.setattr(table1, "jobs", lambda *_: todo)
         assert pretrain.command(table1.main, argv) == code
-        assert (f"{names[1]}: OSError: a full disk" in capfd.readouterr().err) == code
-        assert (tmp_path / names[2]).exists() != code
+        assert (f"{runs[1]}: OSError: a full disk" in capfd.readouterr().err) == code
+        assert (tmp_path / runs[2]).exists() != code
     row = "| none | 1 | 0 | 1.0 | 2.0 | 0.5 ± 0.7 (2 of 3) | 1 | 1 (80.7) |"
     assert row in (tmp_path / "table.md").read_text()
