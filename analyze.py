@@ -11,8 +11,7 @@ BM is *Beyond Masking* (arXiv 2203.14313), A2 is *A2MIM* (arXiv 2205.13943; sect
 appendix B). RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or
 torchvision's names, or none: random weights, to compare. --out gets NAME.json, every number, and
 NAME.png, all runs on one sheet (with matplotlib). On two CPU cores each takes seconds to two
-minutes of the built-in data. --paper takes the papers' sample counts, --resume keeps the runs that
-NAME.json has. All runs are shown the same images, each at its own size and crop.
+minutes of the built-in data. All runs are shown the same images, each at its own size and crop.
 
 B batch, C channels, H x W pixels, p patch size, N patches.
 visible (k, N) bool: True = the patch is shown.
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -54,6 +52,7 @@ def main(argv=None):
         runs = open_runs(args)
         labelled = args.name in ("occlusion", "interaction")
         data = load_data(runs[0], process, "val", labelled)
+        check(args.images >= 0, f"--images {args.images}: 0 is all")
         rows = choose_images(data, args.images or len(data), args.seed)
 
     # the runs whose numbers are there already
@@ -73,8 +72,7 @@ def main(argv=None):
         if not known or args.name == "reconstruct":  # its picture is not kept
             with torch.inference_mode():
                 numbers[run.label] = dict(measure(run, data, rows, process), weights=run.weights)
-            text = json.dumps(found, allow_nan=False).encode()
-            pretrain.write_whole(file, lambda part: part.write(text))
+            pretrain.write_text(file, json.dumps(found, allow_nan=False))
         line = ", ".join(f"{k} {v:.4g}" for k, v in numbers[run.label].items()
                          if isinstance(v, (int, float)))
         print(f"{run.label}: {line}", flush=True)
@@ -107,12 +105,13 @@ def options(argv=None):
         finetune.encoder_options(o)
         o("--paper", action="store_true", help="the papers' counts; linear layers fit all images")
         for count, value in {**counts, **(paper if "--paper" in argv else {})}.items():
-            o(f"--{count}", type=int, default=value, help="0: all" if count == "images" else "each")
+            kind, text = (int, "0: all") if count == "images" else (positive_int, "each")
+            o(f"--{count}", type=kind, default=value, help=text)
         if name == "reconstruct":
             o("--task", choices=degrade.TASKS, default="mask", help="of a file of weights alone")
             o("--decoder", help="of a file of weights alone; MAE's is 8x512x16")
             o("--norm_target", choices=("patch", "channel", "off"), help="likewise")
-            o("--rows", type=int, default=8, help="images shown of each run, two a row")
+            o("--rows", type=positive_int, default=8, help="images shown of each run, two a row")
         if name == "occlusion":
             o("--fill", choices=("black", "mean"), default="black", help="of dropped patches: "
               "black, as the tool that A2 used, or the data's mean colour")
@@ -310,13 +309,15 @@ def open_runs(args):
     run. `none` is like that run, with random weights.
     """
     first = next((path for path in args.runs if path != "none"), "none")
-    args.data = args.data or finetune.open_run(first, None, args.model)[2]["data"]
+    opened = finetune.open_run(first, args.data, args.model)
+    args.data = opened[2]["data"]
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("data", "model")}
     runs = []
     for label, path in zip(labels_of(args.runs), args.runs):
-        held, own, defaults = finetune.open_run(first if path == "none" else path, args.data,
-                                                args.model)
-        run = argparse.Namespace(**{**probe.defaults_of(own, defaults), **given, "label": label})
+        held, _, defaults = opened
+        if path not in (first, "none"):
+            held, _, defaults = finetune.open_run(path, args.data, args.model)
+        run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
         run.img_size = [run.img_size[0], run.img_size[-1]]
         run.weights, run.held = path, None if path == "none" else held
         runs.append(run)
@@ -329,12 +330,15 @@ def choose_images(data, count, seed):
 
 
 def shown(run, data, rows, chunk, process):
-    """Yields the images of `rows`, `chunk` at once, their labels, and the first one's place."""
+    """Yields the images of `rows` that can be read, `chunk` at once, their labels, and the first
+    one's place. Failed where more than 1% cannot.
+    """
     views = data.plain(rows, chunk, run.img_size, process.device, workers=run.workers,
                        crop=run.test_crop)
     total = math.ceil(len(rows) / chunk)
     for i, (view, labels) in enumerate(tqdm(views, run.label, total, leave=False, unit="part")):
         yield view, labels, i * chunk
+    pretrain.refuse_bad(data, len(data.bad), process)
 
 
 def mean_colour(data, run, seed, process):
@@ -430,7 +434,7 @@ def of_maps(run, data, rows, process, value):
     layers = [torch.cat(parts).double() for parts in zip(*found)]  # (n, values)
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
     errors = [(x.var(0, correction=0) / max(len(x) - 1, 1)).sqrt().tolist() for x in layers]
-    return dict(images=len(rows), mean=[x.mean(0).tolist() for x in layers], error=errors)
+    return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors)
 
 
 def by_depth(found):
@@ -489,14 +493,16 @@ def occlude(run, data, rows, process):
     base = torch.zeros(data.channels, device=process.device)
     if run.fill == "mean":
         base = mean_colour(data, run, run.seed, process)
-    hits = sum(occlusion(classify, view, labels, p, base, ratios, run.repeats,
-                         seeded(run.seed, HIDDEN, first))
-               for view, labels, first in shown(run, data, rows, 128, process))
-    top1 = 100 * hits / len(rows)  # (ratios, repeats)
+    hits, images = 0, 0
+    for view, labels, first in shown(run, data, rows, 128, process):
+        hits = hits + occlusion(classify, view, labels, p, base, ratios, run.repeats,
+                                seeded(run.seed, HIDDEN, first))
+        images += len(view)
+    top1 = 100 * hits / images  # (ratios, repeats)
     grid = [side // p for side in run.img_size]
     share = [int(degrade.random_mask(1, grid, r).sum()) / math.prod(grid) for r in ratios]
     half = min(range(len(share)), key=lambda i: abs(share[i] - 0.5))
-    return dict(classifier=kind, images=len(rows), dropped=share, top1=top1.tolist(),
+    return dict(classifier=kind, images=images, dropped=share, top1=top1.tolist(),
                 mean=top1.mean(1).tolist(), intact=top1[0].mean().item(),
                 half_dropped=top1[half].mean().item(),
                 deviation=top1.std(1).tolist() if run.repeats > 1 else None)
@@ -517,6 +523,7 @@ def interact(run, data, rows, process):
     grid, p = [side // run.patch_size for side in run.img_size], run.patch_size
     n, near = math.prod(grid), near_pairs(grid, run.distance)
     check(n > 2 and len(near), f"--distance {run.distance}: {grid} patches have no such pairs")
+    check(run.contexts > 1, "--contexts 1: one set has no standard error")
     amp = None  # a difference of four scores: bf16 rounds it away
     if run.amp != "auto":
         amp = precision(run, process.device)
@@ -531,7 +538,7 @@ def interact(run, data, rows, process):
     strength, error = torch.stack(parts).unbind(1)  # (images, orders)
     J, J_error = relative_strength(strength)
     x, noise = [m / (n - 2) for m in orders], error.mean(0) / strength.mean(0).clamp(min=1e-12)
-    return dict(classifier=kind, images=len(rows), players=n, orders=orders, J=J.tolist(),
+    return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(),
                 J_error=J_error, strength=strength.mean(0).tolist(),
                 context_error=error.mean(0).tolist(), strength_of_image=strength.tolist(),
                 share_05_to_50=share_between(x, J, 0.05, 0.5),
@@ -576,11 +583,13 @@ def reconstruct(run, data, rows, process):
     (BM Fig. 3). A good recovery does not make good features (A2 3.3). The errors of tasks that
     normalise or hide differently do not compare.
     """
+    check(run.rows > 1, "--rows 1: images are shown two a row")
     c, model = recovery_of(run, data, process)
     amp, size, p = precision(run, process.device), tuple(c.img_size), c.patch_size
     inside = c.token_at not in ("decoder", "none")  # there is a token to leave out
-    run.img_size, run.test_crop, sums = list(c.view), 1.0, np.zeros(3)
+    run.img_size, run.test_crop, sums, images = list(c.view), 1.0, np.zeros(3), 0
     for view, _, first in shown(run, data, rows, 50, process):
+        images += len(view)
         for i, token in enumerate((True, False)[:1 + inside]):
             generator = seeded(run.seed, PICTURE, first)
             d, prediction, picture = pretrain.recover(model, view, c, generator, amp, token)
@@ -594,8 +603,8 @@ def reconstruct(run, data, rows, process):
     view = next(data.plain(rows[:run.rows // 2 * 2], run.rows, tuple(c.view), process.device))[0]
     c.seed = run.seed
     run.picture = pretrain.recovery_sheet(model, view, c, amp)
-    mse, without, pixels = (sums / len(rows)).tolist()
-    return dict(task=c.task, images=len(rows), normalised_per=c.norm_target, mse=mse,
+    mse, without, pixels = (sums / images).tolist()
+    return dict(task=c.task, images=images, normalised_per=c.norm_target, mse=mse,
                 mse_without_token=without if inside else None, mse_shown=pixels)
 
 
@@ -611,6 +620,7 @@ def curve(run, *_):
         return log, json.loads((folder / "config.json").read_text())
 
     log, config = read(run.weights)
+    check(any("loss" in line for line in log), f"{run.weights}: its log has no loss yet")
     r = {k: [[x["epoch"], x[k]] for x in log if k in x] for k in ("loss", "top1")}
     r.update(last_loss=r["loss"][-1][1], task=config.get("task"), began_with=config["weights"])
     if r["top1"]:

@@ -560,7 +560,7 @@ def paste_visible(recovered, d, p):
 
 
 def sheet(columns, titles, note="", side=128):
-    """Columns of images (B, C, H, W) under their titles, one row an image, as a Pillow picture."""
+    """Columns of images (B, C, H, W) under titles, a row an image, as a Pillow picture."""
     from PIL import Image, ImageDraw  # comes with torchvision
     B, _, H, W = columns[0].shape
     gap = 4

@@ -13,7 +13,6 @@ The last line is JSON, also saved as result.json: top-1 and top-5 in %, and the 
 """
 import functools
 import json
-import math
 import sys
 import time
 from contextlib import nullcontext
@@ -104,9 +103,9 @@ def main(argv=None):
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        norm = pretrain.clipped_norm(model, args.clip)
 
-        # how all processes stand; what cannot go on stops here, before it reaches the weights
+        # how all processes stand; what cannot go on stops here, before the weights
         loss, leaving = pretrain.agree(loss, norm, received, step, args, data, process)
 
         # the step
@@ -193,7 +192,7 @@ def open_run(weights, data=None, model=None, recipe=None, trains=False):
 
 
 def encoder_options(o):
-    """What all scripts ask about an encoder."""
+    """What finetune.py, probe.py and analyze.py ask about an encoder."""
     o("--patch_size", type=positive_int, help="of a ViT")
     o("--pool", choices=("cls", "mean"), help="the features of a ViT")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero")
@@ -240,9 +239,8 @@ def options(argv=None):
 def run_name(script, args, *more):
     """SCRIPT-WEIGHTS-DATA[-LABELS][-MORE][-SEED], what a run's folder is called after."""
     path = Path(args.weights)
+    path = path.parent if path.name == "checkpoint.pt" else path
     stem = path.name if path.is_dir() else path.stem
-    if path.name == "checkpoint.pt":
-        stem = path.parent.name
     if args.weights == "none":
         stem = f"none-{args.model}"
     more = [str(x) for x in (args.labels, *more, args.seed) if x]
@@ -274,7 +272,8 @@ def labelled_data(args, process, trains=True, classes=None):
         classes = data.classes
     val = load_data(args, process, "val", labelled=True, classes=classes)
     check(classes in (None, val.classes), f"{args.data} has other classes than were trained on")
-    absent = [c for i, c in enumerate(val.classes) if i not in set(val.labels.tolist())]
+    found = set(val.labels.tolist())
+    absent = [name for i, name in enumerate(val.classes) if i not in found]
     if absent and process.rank == 0:
         print(f"{args.data}/val has no images of {', '.join(absent)}")
     if not trains:
@@ -420,7 +419,7 @@ def report(args, process, result):
 
     def write():
         args.out.mkdir(parents=True, exist_ok=True)
-        pretrain.write_whole(args.out / "result.json", lambda file: file.write(line.encode()))
+        pretrain.write_text(args.out / "result.json", line)
         print(line)
     pretrain.on_rank_0(write, process)
 

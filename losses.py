@@ -1,5 +1,5 @@
 """One function per equation of *Beyond Masking* (BM) and *A2MIM* (A2). Predictions and targets in,
-one number out, in float32 (outside autocast, which would lower the precision of some of it).
+one number out, in float32, outside autocast.
 
 Patches are (B, N, p p C), a row of the picture at a time, channels last in a patch (MAE's order).
 Images are (B, C, H, W). counted (B, N) bool: the patches whose error is averaged; None = all.

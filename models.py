@@ -7,10 +7,8 @@ Image Modeling* (A2) keeps them, filled: a mask token enters the feature map aft
 stage, and one linear layer predicts the pixels.
 
 Parameters carry the names the field uses, so weights travel with no converter: the ViT has timm's
-(`vit_*_patch16_224`), its decoder the official MAE repository's, the ResNet torchvision's. No loss
-is computed here.
+(`vit_*_patch16_224`), its decoder the official MAE repository's, the ResNet torchvision's.
 
-    python models.py                                    the models and their parameters
     python models.py --export RUN OUT.pth               the encoder alone, under those names
 
 B batch, C channels, H x W pixels, p patch size, N = (H/p)(W/p) patches, D width, L depth.
@@ -794,23 +792,17 @@ def export(state):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="The models; or --export.", allow_abbrev=False)
-    p.add_argument("--export", nargs=2, metavar=("RUN", "OUT"), help="write the encoder alone")
-    args = p.parse_args(argv)
-    if args.export:
-        run, out = args.export
-        try:
-            if out.endswith(".safetensors"):
-                raise ValueError(f"{out}: what is written is torch's own kind, call it .pth")
-            torch.save(export(tensors(read_weights(run))[0]), f"{out}.part")
-            os.replace(f"{out}.part", out)  # whole or not at all
-        except (ValueError, OSError, RuntimeError) as error:
-            p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")
-        return print(f"wrote {out}")
-    for name in MODELS:
-        with torch.device("meta"):
-            count = sum(x.numel() for x in encoder(name).parameters())
-        print(f"{name}: {count / 1e6:.2f} M parameters")
+    p = argparse.ArgumentParser(description="Write an encoder alone.", allow_abbrev=False)
+    p.add_argument("--export", nargs=2, metavar=("RUN", "OUT"), required=True)
+    run, out = p.parse_args(argv).export
+    try:
+        if out.endswith(".safetensors"):
+            raise ValueError(f"{out}: what is written is torch's own kind, call it .pth")
+        torch.save(export(tensors(read_weights(run))[0]), f"{out}.part")
+        os.replace(f"{out}.part", out)  # whole or not at all
+    except (ValueError, OSError, RuntimeError) as error:
+        p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

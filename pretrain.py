@@ -18,7 +18,6 @@ What is random is a function of (seed, step), never of how the work is split. Th
 processes, accumulation, loader workers and resuming do not change it.
 
 Exit code: 0 done, 1 the run failed, 2 bad request, 130 or 143 stopped by a signal after saving.
-A second Ctrl-C leaves at once, without.
 """
 import argparse
 import copy
@@ -114,9 +113,9 @@ def main(argv=None):
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        norm = clipped_norm(model, args.clip)
 
-        # how all processes stand; what cannot go on stops here, before it reaches the weights
+        # how all processes stand; what cannot go on stops here, before the weights
         loss, leaving = agree(loss, norm, received, step, args, data, process)
 
         # the step
@@ -169,15 +168,13 @@ SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
 
 
 def check(right, message=""):
-    """A request that cannot be carried out ends here: `command` makes one line of it."""
+    """A request that cannot be carried out ends here; `command` says it in one line."""
     if not right:
         raise ValueError(message)
 
 
 def kind_of(data):
-    """The kind of --data, which settles recipe and loading: "shapes", "small" (torchvision's sets
-    by name) or "folder".
-    """
+    """The kind of --data, for recipe and loading: "shapes", "small" (by name), "folder"."""
     if data == "shapes" or data in SETS:
         return "shapes" if data == "shapes" else "small"
     check(os.path.isdir(data), f"--data {data} is no folder, nor one of shapes, {', '.join(SETS)}")
@@ -313,7 +310,7 @@ def options(argv=None):
     for name, default in settings.items():
         group.add_argument(f"--{name}", **degrade.option(name, default))
 
-    # a network without a decoder keeps all patches, filled, and gets the token in the middle
+    # a network without a decoder keeps all patches, and gets the token in the middle
     decoder = "decoder" if network.decoder else "middle"
     p.set_defaults(**defaults, weight_decay=0.05, decoder=network.decoder,
                    token_at=decoder if row.token_at == "decoder" else row.token_at)
@@ -341,6 +338,8 @@ def settle(args, process, data):
     elif fill is None or fill == "token" and layer != 0:
         fill = "mean"
     if layer != "decoder":
+        check(args.decoder == models.MODELS[args.model].decoder,
+              f"--decoder {args.decoder}: with --token_at {args.token_at} there is none")
         args.decoder = None
     args.token_at, settings["fill"] = "none" if layer is None else layer, fill
     args.freq = [args.freq_weight, args.freq_alpha, args.freq_batch_mean]
@@ -390,7 +389,7 @@ def settle_folder(args, name):
 
 
 def describe(args, process, data, start):
-    """The first lines of a run: the recipe, the real numbers, and the whole configuration."""
+    """The first lines of a run: recipe, real numbers, the whole configuration."""
     config = {k: v for k, v in config_of(args).items() if v not in (None, False)}
     config.update(config.pop("settings", {}), **provenance())
     config = ", ".join(f"{k} {v}" for k, v in config.items() if k != "classes")
@@ -440,18 +439,17 @@ def set_up(device):
         device = f"cuda:{local}"
     if world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
         torch.set_num_threads(max(1, cores() // here))
-    if sys.platform == "linux":  # keep freed memory: asking for it again takes a tenth of a step
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # keep freed memory: asking for it again takes a tenth of a step
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Process(rank, world, torch.device(device))
 
 
 def sum_over_processes(values, process):
-    """Sum a list of numbers over the processes, which all come here at the same point."""
+    """Sum a list of numbers over the processes, which come here at the same point."""
     if process.world == 1:
         return values
     summed = torch.tensor(values, dtype=torch.float64, device=process.device)
@@ -460,28 +458,30 @@ def sum_over_processes(values, process):
 
 
 def gather(value, process):
-    """The values of all processes, which all come here at the same point, as a list."""
+    """The values of all processes, which come here at the same point, as a list."""
     values = [value] * process.world
     if process.world > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def on_rank_0(write, process, kind=Failed):
-    """write() in the first process. When it cannot, `kind` of error ends all of them."""
+def on_rank_0(write, process, kind=Failed, said="cannot write, what was there before stays"):
+    """write() in the first process. When it cannot, `kind` of error, which begins with what is
+    `said`, ends all of them.
+    """
     trouble = ""
     if process.rank == 0:
         try:
             write()
         except (OSError, RuntimeError) as error:  # torch.save's, on a full disk
-            trouble = f"cannot write, what was there before stays: {error}"
+            trouble = f"{said}: {error}"
     trouble = gather(trouble, process)[0]
     if trouble:
         raise kind("" if process.rank else trouble)
 
 
 def precision(args, device):
-    """--amp as torch.autocast's dtype, None: float32. auto: what the hardware is fast at."""
+    """--amp as torch.autocast's dtype, None: float32. auto becomes what the hardware is fast at."""
     kinds = dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)
     if args.amp == "auto" and device.type == "cuda":
         args.amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
@@ -511,13 +511,22 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
 
 
 def parallel(model, compiled, process):
-    """The model as the loop calls it: compiled, its gradients averaged over processes."""
+    """The model as the loop calls it: compiled, gradients averaged over processes."""
     if compiled:
         model.compile()
     if process.world == 1:
         return model
     device = process.device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+
+def clipped_norm(model, clip):
+    """The norm of the gradient, which is scaled down to `clip` where that is not 0."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
 
 
 def agree(loss, norm, received, step, args, data, process):
@@ -534,7 +543,7 @@ def agree(loss, norm, received, step, args, data, process):
     if not math.isfinite(loss) or not (norm.isfinite() or args.amp == "fp16"):
         raise Failed("" if process.rank else f"step {step + 1}: the loss is {loss}, the gradient's "
                      f"norm {norm:.3g}; the last checkpoint is intact: --resume with --amp off, or "
-                     "begin again in another --out with a lower --lr or a longer --warmup")
+                     "begin again with a lower --lr or a longer --warmup")
     return loss, leaving > 0
 
 
@@ -542,9 +551,8 @@ def refuse_bad(data, bad, process):
     """Failed when `bad` images, over all processes, are more than 1%."""
     if bad > 0.01 * len(data):
         files = sorted({what for names in gather(list(data.bad), process) for what in names})
-        more = f" and {len(files) - 20} more, named above" if len(files) > 20 else ""
         raise Failed("" if process.rank else f"{bad:.0f} of {len(data):,} images cannot be read, "
-                     f"more than 1%: mend or replace {'; '.join(files[:20])}{more}")
+                     f"more than 1%: mend or replace {'; '.join(files[:20])}")
 
 
 # --- Data: which images, and views of them ---
@@ -567,8 +575,8 @@ def samples(step, batch, length, seed):
 
 
 def micro_batches(args, process, start):
-    """This process's micro-batches: the first row of each in the batch; and for `batches` all from
-    step `start` on: (step, batch, its rows) ...
+    """The first rows of this process's micro-batches in a batch; and for `batches` all that follow
+    from step `start` on: (step, batch, its rows) ...
     """
     k = args.micro_batch
     first_rows = [(a * process.world + process.rank) * k for a in range(args.accum)]
@@ -653,7 +661,7 @@ class MemorySet:
 
 
 def inner(data, split):
-    """A folder's own folder for a split, or all of it, also where `train` is one class of many."""
+    """A folder's own folder for a split, or all of it: where `train` is one class of many too."""
     folder = os.path.join(data, split)
     others = {name for name in os.listdir(data) if name not in ("train", "val", "test")}
     classes = any(name.lower().endswith(IMG_FILES) for other in others
@@ -671,9 +679,9 @@ def unreadable(error):
 
 @functools.lru_cache(maxsize=4)
 def image_files(folder, labelled=False):
-    """The sorted names of all images below a folder, relative to it, and how many hidden or system
-    files and folders were passed over, and how many files of other kinds. Links are followed, into
-    no folder twice; labelled: but by two classes.
+    """The sorted names of all images below a folder, relative to it, and in words how many hidden
+    or system names and files of other kinds are no part of them. Links are followed, into no folder
+    twice; labelled: but by two classes.
     """
     found, seen, passed, others = [], set(), 0, 0
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -698,7 +706,7 @@ def image_files(folder, labelled=False):
 
 
 def ignore_signals(_):
-    """For loaders, whose trainer answers: a signal is sent to all processes of a group."""
+    """For loaders: a signal is sent to all of a group, and the trainer answers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -787,7 +795,7 @@ class FolderSet(Dataset):
                            for step, batch, rows in wanted), device, workers)
 
     def plain(self, rows, batch, size, device, workers=0, crop=1.0):
-        """As MemorySet.plain, without the images that cannot be read."""
+        """As MemorySet.plain; an image that cannot be read is left out."""
         return self._load([[(i, -1, size, crop, 0, None) for i in part.tolist()]
                            for part in rows.split(batch)], device, workers)
 
@@ -810,8 +818,8 @@ def load_data(args, process, split="train", labelled=False, classes=None):
           f"{args.data}/val/<class>/...")
     data = FolderSet(folder, labelled, classes)
     copies = gather(data.contents, process)
-    check(len(set(copies)) == 1, f"the processes see other images in {folder}, by count and names: "
-          + ", ".join(f"rank {rank} {copy}" for rank, copy in enumerate(copies)))
+    check(len(set(copies)) == 1, f"processes see other images in {folder}, by count and names: "
+          + ", ".join(f"rank {rank} {contents}" for rank, contents in enumerate(copies)))
     return data
 
 
@@ -821,7 +829,8 @@ def torchvision_set(args, process, train, labelled):
     if args.data == "stl10":
         which = dict(split="test" if not train else "train" if labelled else "train+unlabeled")
     kind = functools.partial(getattr(torchvision.datasets, SETS[args.data]), args.root, **which)
-    on_rank_0(lambda: kind(download=args.download), process, ValueError)  # it fetches for all
+    on_rank_0(lambda: kind(download=args.download), process, ValueError,  # it fetches for all
+              f"--data {args.data} cannot be read from --root {args.root}")
     made = kind()
     images = torch.as_tensor(made.data)
     if images.ndim == 3:  # grey
@@ -848,7 +857,7 @@ def _bar(a, b, width, height):
     return torch.minimum(width - a.abs(), height - b.abs())
 
 
-# Each shape in its own frame (u, v): positive inside, about the distance to the outline.
+# A shape in its own frame (u, v): positive inside, about the distance to the outline.
 SHAPES = {
     "disc": lambda u, v: 0.9 - (u * u + v * v).sqrt(),
     "ring": lambda u, v: 0.24 - ((u * u + v * v).sqrt() - 0.7).abs(),
@@ -936,6 +945,10 @@ def write_whole(path, write):
         raise
 
 
+def write_text(path, text):
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def config_of(args):
     """The options and what follows from them, as JSON has them."""
     return json.loads(json.dumps(vars(args), default=str))
@@ -949,6 +962,13 @@ def provenance():
         hardware = torch.cuda.get_device_name()
     return dict(command=" ".join(sys.argv), torch=torch.__version__, hardware=hardware,
                 commit=subprocess.getoutput(f"cd '{Path(__file__).parent}' && {describe}"))
+
+
+def write_config(args):
+    """config.json in --out, which is made."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = {**config_of(args), **provenance()}
+    write_text(args.out / "config.json", json.dumps(config, indent=1))
 
 
 # What may differ between a checkpoint and the command that goes on. The path of the data may, the
@@ -989,16 +1009,14 @@ def begin(args, process, state):
             check(False, f"{log_file} is damaged: mend it, or delete it")
 
     def write():
-        args.out.mkdir(parents=True, exist_ok=True)
-        config = json.dumps({**config_of(args), **provenance()}, indent=1)
-        write_whole(args.out / "config.json", lambda file: file.write(config.encode()))
-        write_whole(log_file, lambda file: file.write("".join(lines).encode()))
+        write_config(args)
+        write_text(log_file, "".join(lines))
     on_rank_0(write, process, ValueError)
     return start, recent
 
 
 def save(step, args, process, state, recent, picture=None):
-    """checkpoint.pt, and a picture of what is recovered. All processes come here."""
+    """checkpoint.pt, and a picture of what is recovered."""
     def write():
         if picture:
             name = args.out / f"recovered_{step:07d}.png"
@@ -1060,9 +1078,8 @@ def recovery_sheet(model, view, args, amp):
 # --- Signals and exit codes ---
 
 def remember_signals(says):
-    """{number: when} of the SIGTERMs and Ctrl-Cs received, from now on. The loop saves and leaves
-    after its step. A second Ctrl-C leaves at once: torchrun sends each twice, so only one that is a
-    second later counts.
+    """{number: when} of the SIGTERMs and Ctrl-Cs received from now on. The loop saves and leaves
+    after its step. A second Ctrl-C, a second later, leaves at once (torchrun sends each twice).
     """
     received = {}
 

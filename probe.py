@@ -1,13 +1,12 @@
 """Measure an encoder as it is, its weights frozen: k-NN, linear probe, non-linear probe.
 
     python probe.py --weights runs/zoom_in_mask-vit_micro-shapes              a minute on a laptop
-    python probe.py --weights runs/zoom_in_mask-vit_micro-shapes --blocks 2   a few minutes more
+    python probe.py --weights runs/zoom_in_mask-vit_micro-shapes --blocks 2   minutes more
     python probe.py --weights none                                            random, to compare
-    python probe.py --weights RUN --data /path/to/imagenet                    on a GPU
 
 *Beyond Masking* (BM) section 5, *A2MIM* (A2) section 5.2. One process. The backbone is in eval()
 and never changes. Its features are computed once, of the central part of every image, with no
-augmentation. The last line is JSON, also saved as result.json in --out. Accuracies are in %.
+augmentation. The last line is JSON, also result.json in --out. Accuracies are in %.
 """
 import json
 import math
@@ -60,10 +59,8 @@ def main(argv=None):
     line = json.dumps(dict({k: config[k] for k in names}, **figures, images=len(test[1])))
 
     def write():
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, text in (("config", json.dumps(config, indent=1)), ("result", line)):
-            path = args.out / f"{name}.json"
-            pretrain.write_whole(path, lambda file: file.write(text.encode() + b"\n"))
+        pretrain.write_config(args)
+        pretrain.write_text(args.out / "result.json", line)
     pretrain.on_rank_0(write, process)
     print(line)
 
@@ -80,13 +77,13 @@ def load_model(args, weights, channels, process, classes=0):
     return models.to_device(model, process.device).eval().requires_grad_(False)
 
 
-def defaults_of(run, defaults):
+def defaults_of(defaults):
     """The defaults of open_run for what is shown to a frozen encoder: as its run was measured."""
     names = ("data", "model", "root", "img_size", "patch_size", "pool", "relative_positions",
              "test_crop")
     if defaults.get("test_size"):  # a ResNet's, trained at another
         defaults["img_size"] = [defaults["test_size"]]
-    return {name: defaults[name] for name in names if name in defaults}
+    return {name: defaults[name] for name in names}
 
 
 def options(argv=None):
@@ -94,7 +91,7 @@ def options(argv=None):
     first = pretrain.Parser(add_help=False)
     finetune.first_options(first.add_argument)
     chosen, _ = first.parse_known_args(argv)
-    weights, run, defaults = finetune.open_run(chosen.weights, chosen.data, chosen.model)
+    weights, _, defaults = finetune.open_run(chosen.weights, chosen.data, chosen.model)
     p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
     o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
@@ -105,7 +102,7 @@ def options(argv=None):
     o("--out", type=pretrain.folder_path,
       help="None: runs/probe-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED]")
     pretrain.machine_options(o)
-    p.set_defaults(**defaults_of(run, defaults))
+    p.set_defaults(**defaults_of(defaults))
     args = p.parse_args(argv)
     args.img_size = [args.img_size[0], args.img_size[-1]]
     blocks = args.blocks and f"blocks{args.blocks}"

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -382,3 +383,27 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
         assert (tmp_path / runs[2]).exists() != code
     row = "| none | 1 | 0 | 1.0 | 2.0 | 0.5 ± 0.7 (2 of 3) | 1 | 1 (80.7) |"
     assert row in (tmp_path / "table.md").read_text()
+
+
+def test_figures_are_of_the_images_that_can_be_read(do, labelled, tmp_path, short_fits):
+    """One of 113 images is broken: it is not counted. Two are too many."""
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    for i in range(100):
+        shutil.copy(labelled / "val/class0/36.png", data / f"val/class0/more{i}.png")
+    (data / "val/class0/more7.png").write_text("no picture")
+    flags = f"--data {data} --model vit_micro --img_size 16 --patch_size 4"
+    for name in ("variance none", "occlusion none --repeats 1"):
+        code, _, found = do(f"{name} {flags}")
+        assert code == 0 and found["none"]["images"] == 112
+    (data / "val/class0/more8.png").write_text("no picture")
+    code, said, _ = do(f"fourier none {flags}")
+    assert code == 1 and "cannot be read, more than 1%" in said
+
+
+@pytest.mark.parametrize("flags", [
+    "interaction tuned --contexts 1", "interaction tuned --pairs 0", "occlusion tuned --repeats 0",
+    "reconstruct zoom --rows 1", "variance tuned --images -5"])
+def test_counts_that_measure_nothing_are_refused(do, flags):
+    code, said, _ = do(flags)
+    assert code == 2 and flags.split()[2] in said

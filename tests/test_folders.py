@@ -104,7 +104,7 @@ def test_other_copies_of_the_data_are_refused(tmp_path):
     """Before the first step, and it is said which rank sees what."""
     pictures(tmp_path / "0", 4)
     pictures(tmp_path / "1", 5)
-    apart = (f"import os, sys; import pretrain; inner = pretrain.inner\n"
+    apart = ("import os, sys; import pretrain; inner = pretrain.inner\n"
              f"pretrain.inner = lambda data, split: inner(data + os.environ['RANK'], split)")
     os.mkdir(tmp_path / "x")
     argv = [*TINY, "--data", f"{tmp_path}/", "--out", tmp_path / "run"]
