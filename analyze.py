@@ -1,4 +1,4 @@
-"""Every figure of the two papers, one command each.
+"""The figures of the two papers that show a network at work, one command each.
 
     python analyze.py reconstruct RUN ...   BM Fig. 3, A2 Fig. 5, A3: what is seen and recovered
     python analyze.py curves RUN ...        BM Fig. 2, 5: loss and accuracy against epochs
@@ -101,7 +101,7 @@ def options(argv=None):
             continue
         o("--data", help="a folder or a set by name; None: that of the first run")
         o("--model", choices=models.MODELS, metavar="MODEL", help="of a file of weights alone")
-        o("--img_size", type=positive_int, nargs="+", help="None: as the run was measured")
+        pretrain.first_options(o)
         finetune.encoder_options(o)
         o("--paper", action="store_true", help="the papers' counts; linear layers fit all images")
         for count, value in {**counts, **(paper if "--paper" in argv else {})}.items():
@@ -263,6 +263,7 @@ def log_amplitude(maps):
 def spatial_variance(maps):
     """Variance over the positions of feature maps (B, C, h, w), averaged over channels (A2 3.3):
     (B, 1).
+    # differs from the authors' tool: its variance is the unbiased one.
     """
     return maps.float().var((2, 3), correction=0).mean(1, keepdim=True)
 
@@ -309,14 +310,14 @@ def open_runs(args):
     run. `none` is like that run, with random weights.
     """
     first = next((path for path in args.runs if path != "none"), "none")
-    opened = finetune.open_run(first, args.data, args.model)
+    opened = finetune.open_run(first, args)
     args.data = opened[2]["data"]
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("data", "model")}
     runs = []
     for label, path in zip(labels_of(args.runs), args.runs):
         held, _, defaults = opened
         if path not in (first, "none"):
-            held, _, defaults = finetune.open_run(path, args.data, args.model)
+            held, _, defaults = finetune.open_run(path, args)
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
         run.img_size = [run.img_size[0], run.img_size[-1]]
         run.weights, run.held = path, None if path == "none" else held
@@ -380,7 +381,7 @@ def classifier(run, val, process, amp):
 
 def draw(panels, path):
     """Curves as a PNG, if matplotlib is there; whether it is. A panel: dict(title, x, y, lines),
-    and what else an axis takes. A line: label, xs, ys, and their errors or None.
+    what else an axis takes, and marks: {x: text}. A line: label, xs, ys, their errors or None.
     """
     try:
         import matplotlib
@@ -398,6 +399,9 @@ def draw(panels, path):
             if error is not None:
                 axis.fill_between(x, np.subtract(y, error), np.add(y, error), alpha=0.2,
                                   color=line.get_color(), linewidth=0)
+        for x, text in panel.pop("marks", {}).items():
+            axis.axvline(x, color="grey", linestyle=":")
+            axis.text(x, 0.02, f" {text}", rotation=90, transform=axis.get_xaxis_transform())
         axis.set(xlabel=panel.pop("x"), ylabel=panel.pop("y"), **panel)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -434,7 +438,11 @@ def of_maps(run, data, rows, process, value):
     layers = [torch.cat(parts).double() for parts in zip(*found)]  # (n, values)
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
     errors = [(x.var(0, correction=0) / max(len(x) - 1, 1)).sqrt().tolist() for x in layers]
-    return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors)
+    blocks = [len(stage) for stage in model.stages]
+    each = len(layers) // sum(blocks)  # maps a block; a ResNet's stem and pooling come before them
+    starts = np.cumsum([len(layers) - each * sum(blocks), *(each * n for n in blocks[:-1])])
+    return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors,
+                stages=((starts + 0.5) / len(layers)).tolist() if len(blocks) > 1 else [])
 
 
 def by_depth(found):
@@ -446,6 +454,11 @@ def by_depth(found):
         layers = [x for x in zip(depth, r["mean"], r["error"]) if any(x[1])]
         check(layers, f"{label}: its maps are too small for this: choose a larger --img_size")
         yield label, *map(list, zip(*layers))
+
+
+def stages_of(found):
+    """{depth: the stage that begins there} of the networks that have stages."""
+    return {x: f"stage {i}" for r in found.values() for i, x in enumerate(r["stages"], 1)}
 
 
 def fourier(run, data, rows, process):
@@ -463,7 +476,8 @@ def fourier_panels(found):
         high.append((label, depth, [m[-1] for m in mean], [e[-1] for e in error]))
         whole.append((label, np.linspace(0, 1, len(mean[-1])), mean[-1], error[-1]))
     return [dict(title="High frequencies in the feature maps", x="depth, layer / layers",
-                 y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high),
+                 y=r"$\Delta$ log amplitude, highest frequency less 0", lines=high,
+                 marks=stages_of(found)),
             dict(title="Spectrum of the last maps", x="diagonal frequency, of the highest",
                  y="log amplitude (natural) less that at 0", lines=whole)]
 
@@ -481,7 +495,8 @@ def variance_panels(found):
     lines = [(label, depth, [m for m, in mean], [e for e, in error])
              for label, depth, mean, error in by_depth(found)]
     return [dict(title="Variance of the feature maps", x="depth, layer / layers",
-                 y="spatial variance, mean over channels", lines=lines, yscale="log")]
+                 y="spatial variance, mean over channels", lines=lines, yscale="log",
+                 marks=stages_of(found))]
 
 
 def occlude(run, data, rows, process):

@@ -209,6 +209,8 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     size: (h, w) of the result, default the picture's own. zoom_size: pixels of the picture, default
     160 / 224 of it, or `size` when the picture is larger than that (BM A.1: no rescaling).
     zoom_at: "center", or "random" (BM A.3: worse).
+    # differs from the authors' code: a larger view has two terms there, as it has here in
+    # zoom_in_mask with mask_ratio 0.
     """
     whole = tuple(images.shape[2:])
     size = pair(size or whole)
@@ -225,24 +227,43 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     return crop_resize(images, box.to(images.device), size)
 
 
-def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=None):
+def others_patches(images, p, generator, within):
+    """Each p x p patch from another image: (B, C, H, W). It is one of the other three of four
+    neighbours, so that it does not matter how a batch is split, or any if there are not so many.
+    """
+    B, _, H, W = images.shape
+    group = B if within is None and B % 4 else 4
+    if B < 2 or B % group:
+        raise ValueError(f"zoom fill 'other' shares the patches of four images, {B} are not fours")
+    u = random_numbers(B, -(-H // p), -(-W // p), generator=generator, within=within)
+    own = torch.arange(B).view(B, 1, 1)
+    which = own // group * group + (own + 1 + (u * (group - 1)).long()) % group  # (B, h, w)
+    which = which.repeat_interleave(p, 1)[:, :H].repeat_interleave(p, 2)[:, :, :W].to(images.device)
+    y, x = (torch.arange(n, device=images.device) for n in (H, W))
+    return images.movedim(1, 3)[which, y[:, None], x].movedim(3, 1)
+
+
+def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=None,
+             patch_size=16):
     """(b) The picture shrunk to zoom_size and put at a random place on the canvas: (B, C, H, W).
     BM 4.1, A.3.
 
     zoom_size: pixels high, default 160 / 224 of the picture; "rand": 96, 128, 160 or 192 / 224 in
     each image. zoom_fill, the rest of the canvas: "mirror" reflects the picture continuously;
-    "black"; "other" is another image of the batch; "none": the shrunk picture is stretched to the
+    "black"; "other": patches of other images; "none": the shrunk picture is stretched to the
     canvas (our reading: BM A.3 does not say how 160 px become 14 x 14 tokens).
+    # differs from the authors' code: it compares with the view at zoom_size.
     """
     B, C, H, W = images.shape
     if zoom_size not in (None, "rand") and not 1 <= zoom_size <= H:
         raise ValueError(f"zoom size {zoom_size} is outside 1 .. {H}, the height of the canvas")
-    if zoom_fill == "other" and B % 2:
-        raise ValueError(f"zoom fill 'other' pairs the images of a batch: {B} is not even")
     u = random_numbers(B, 3, generator=generator, within=within)
     heights = torch.tensor([96.0, 128.0, 160.0, 192.0])[(u[:, 0] * 4).long()] * H / 224
     if zoom_size != "rand":
         heights = torch.full((B,), float(zoom_size or H * 160 / 224))
+    others = None
+    if zoom_fill == "other":
+        others = others_patches(images, patch_size, generator, within)
 
     canvas = torch.empty_like(images)
     for height in heights.round().unique().tolist():
@@ -260,8 +281,8 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=
             out = scaled(small, (H, W))
         elif zoom_fill == "black":
             out = out * inside.to(images.device)
-        elif zoom_fill == "other":  # the neighbour's picture
-            out = torch.where(inside.to(images.device), out, images[rows ^ 1])
+        elif zoom_fill == "other":
+            out = torch.where(inside.to(images.device), out, others[rows.to(images.device)])
         canvas[rows.to(images.device)] = out
     return canvas
 
@@ -271,7 +292,9 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
 
     The canvas is [-1, 1]^2, the centre c uniform on it, the twist t uniform between two bounds. A
     pixel at distance r from c shows what lay at r - t r^2. So what is farther than 1 / (4 t) is not
-    shown, and from r = 1 / (2 t) on the picture comes back mirrored.
+    shown, 55% of the picture (BM's text: "a small portion"), and from r = 1 / (2 t) on it comes
+    back mirrored.
+    # differs from the authors' code: there t is .15 to .25, and zeros are around the picture.
     """
     B, _, H, W = images.shape
     if not 0 <= twist[0] <= twist[1] <= 1:
@@ -308,13 +331,18 @@ def distort(images, warp="fisheye", twist=(0.20, 0.25), generator=None, within=N
     return fisheye(images, twist, generator, within)
 
 
-def blur(images, blur_kernel=9, generator=None, within=None):
+BLUR_INITS = {"normal": 0.0, "kaiming": 2 ** 0.5, "xavier": 1.0}  # deviation times k
+
+
+def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None):
     """(d) Each channel convolved with a random k x k kernel, (B, C, H, W). BM 4.1, A.1.
 
     Weights ~ N(1 / k^2, 0.02^2), as in its code, one kernel per image and channel. Sums wander
-    around 1, so values may leave [0, 1]. Edges are repeated. blur_kernel: odd, or "rand": 5, 7, 9
-    or 11 for each image.
-    # differs from the authors' code: theirs mixes the channels and changes the picture's size.
+    around 1, so values may leave [0, 1]. BM's pictures show a stronger blur than that. Edges are
+    repeated. blur_kernel: odd, or "rand": 5, 7, 9 or 11 for each image. blur_init "kaiming":
+    weights ~ N(0, 2 / k^2), "xavier": N(0, 1 / k^2) (BM A.1: worse than no pre-training).
+    # differs from the authors' code: theirs mixes the channels, has a bias, is of normalised
+    # pixels, and changes the picture's size.
     """
     B, C, H, W = images.shape
     if blur_kernel != "rand" and (blur_kernel < 1 or blur_kernel % 2 == 0):
@@ -323,9 +351,12 @@ def blur(images, blur_kernel=9, generator=None, within=None):
     sides = torch.full((B,), float(k))
     if blur_kernel == "rand":
         sides = 5 + 2 * (random_numbers(B, generator=generator, within=within) * 4).floor()
-    noise = 0.02 * random_numbers(B, C, k, k, generator=generator, within=within, normal=True)
+    noise = random_numbers(B, C, k, k, generator=generator, within=within, normal=True)
     near = (torch.arange(k) - k // 2).abs() <= (sides[:, None] - 1) / 2  # (B, k): inside
-    kernel = 1 / sides.view(B, 1, 1, 1) ** 2 + noise
+    sides = sides.view(B, 1, 1, 1)
+    kernel = noise * BLUR_INITS[blur_init] / sides
+    if blur_init == "normal":
+        kernel = 1 / sides ** 2 + 0.02 * noise
     kernel = kernel * near[:, None, :, None] * near[:, None, None, :]
     padded = F.pad(images, [k // 2] * 4, mode="replicate").view(1, B * C, H + k - 1, W + k - 1)
     kernel = kernel.view(B * C, 1, k, k).to(images)
@@ -337,6 +368,7 @@ def desaturate(images, saturation=0.3):
 
     In HSV the value is max(R, G, B) and a channel value * (1 - S * something of the hue), so
     scaling S moves every channel towards the value.
+    # differs from the authors' code: it weighs the channels at random.
     """
     if not 0 <= saturation <= 1:
         raise ValueError(f"saturation {saturation} is outside 0 .. 1")
@@ -378,6 +410,7 @@ TASKS = {
     "distort": Task(distort, "(c) fisheye about a random centre", target="center"),
     "blur": Task(blur, "(d) random 9x9 kernel on each channel"),
     "decolor": Task(desaturate, "(e) saturation x 0.3"),
+    # differs from the authors' code: its views are 288 pixels.
     "zoom_in_mask": Task(
         center_crop, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
         0.75, zoom=320 / 224, target="whole", compare="hidden"),
@@ -422,6 +455,7 @@ SETTINGS = {
     "warp": (("fisheye", "wave"), "kind of distortion"),
     "twist": (float, "smallest and largest twist of the fisheye"),
     "blur_kernel": (number_or_rand, "side of the blur kernel, odd, or rand"),
+    "blur_init": (tuple(BLUR_INITS), "how its weights are drawn"),
     "saturation": (float, "what the saturation is multiplied with, 0 .. 1"),
 }
 

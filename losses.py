@@ -106,7 +106,8 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
     the whole picture: visible pixels take part in it, and detached they are not trained by it.
     counted: (B or 1, 1, H, W) bool, None = all pixels. alpha 0: omega is 1 (A2 Table 5).
     # differs from the authors' code: theirs averages spectra over the batch (batch_mean), where
-    # errors of its images cancel, and blends half of the target into the visible pixels.
+    # errors of its images cancel, blends half of the target into the visible pixels, and weighs by
+    # a logarithm over one maximum of the batch. Its lambda is .1.
     # differs from the paper: eq. 3 is not orthonormal, eq. 4 writes a norm and sums, eq. 5 does not
     # scale omega. FFL, which it cites, has all four as here.
     """
@@ -125,7 +126,7 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
     return value + 2 * (slope - slope.detach())  # adds 0 to the value, the gradient 2 G
 
 
-def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
+def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.5):
     """BM A.2's two terms as a picture of targets (B, C, V, V) and their weights (B, 1, V, V).
 
     Centre, `size` = (h, w): the input's patches, each normalised. Those that count share
@@ -148,17 +149,18 @@ def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.2):
     return goal, weight
 
 
-def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_weight=0.2,
+def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_weight=0.5,
                   loss="mse", freq=(0.0, 1.0, False)):
     """The loss of every task: distance in pixels + lambda * L_freq (A2 eq. 6).
 
     prediction (B, N, p p C): patches of a picture of `size` = (H, W). target (B, C, V, V): the
     picture to be recovered, normalised as the model's input is. If it is larger than `size`, the
     prediction means all of it (BM A.2): it is resized to the target (area), and the error has a
-    centre and a band term. The paper gives them no weights. loss: a key of PIXEL_LOSS.
+    centre and a band term. The paper gives them no weights: they weigh alike. loss: a key of
+    PIXEL_LOSS.
     freq: lambda, and focal_frequency's alpha and batch_mean.
     # differs from the authors' code: its weights are .8 and .2, but its band term sums four strips'
-    # means, about 4 times ours. In effect it weighs the terms alike, as 0.5 does.
+    # means, about 4 times ours. In effect it weighs the terms alike, as ours.
     """
     prediction = prediction.float()
     grid = [side // p for side in size]

@@ -412,6 +412,7 @@ class EncoderDecoder(ViT):
     """MAE's asymmetric pair (BM section 3.2), under the official MAE repository's names.
 
     The encoder sees visible tokens only. The decoder is given mask tokens for the others.
+    # differs from the authors' code: BM's has no cls token, and 1-D positions.
     """
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3,
@@ -544,6 +545,7 @@ MODELS = {
     "vit_small": vit(384, 12, 6, 5),
     "vit_base": vit(768, 12, 12, 8),  # BM section 4.1
     "vit_large": vit(1024, 24, 16, 16),
+    "vit_huge": vit(1280, 32, 16, 21),  # MAE's, of patches of 14
     "resnet18": resnet(2, 2, 2, 2, bottleneck=False),
     "resnet34": resnet(3, 4, 6, 3, bottleneck=False),
     "resnet50": resnet(3, 4, 6, 3),
@@ -627,7 +629,14 @@ RECOVERY = ("decoder", "mask_token")  # names of what only recovers the image: n
 def read_weights(path):
     """A file of tensors and plain values, or that of a run's folder, as a dict."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else os.fspath(path)
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path}: pip install safetensors, to read it")
     try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's files hold options
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -666,6 +675,21 @@ def tensors(state):
             if f".{name}".endswith(f".{first}")]
     prefix = max(ends, key=lambda end: sum(n.startswith(end) for n in found), default="")
     return {n.removeprefix(prefix): x for n, x in found.items() if n.startswith(prefix)}, prefix
+
+
+# Names that tell what a file is of, where there is no such model here.
+OTHERS = {
+    "dist_token": "a distilled ViT", "reg_token": "a ViT with registers",
+    "register_tokens": "a ViT with registers", "blocks.0.gamma_1": "BEiT",
+    "blocks.0.ls1.gamma": "a ViT with layer scale, such as DINOv2", "norm_pre.weight": "CLIP",
+    "class_token": "torchvision's ViT: timm has one under our names",
+    "vit.embeddings.cls_token": "Hugging Face's ViTMAE: timm's vit_base_patch16_224.mae and the "
+                                "official MAE file have our names",
+    "embeddings.cls_token": "Hugging Face's ViT: timm has it under our names",
+    "fc_norm.weight": "a ViT with a norm after pooling",
+    "patch_embed.proj.0.weight": "a ViT with a stem of convolutions",
+    "conv1.0.weight": "a ResNet with a deep stem",
+}
 
 
 class Loaded(NamedTuple):
@@ -729,6 +753,8 @@ def load_weights(model, source, head=True):
     own = model.state_dict()
     names = list(weights)
     resized = []
+    for name in [name for name in OTHERS if name in weights and name not in own]:
+        raise ValueError(f"these weights are of {OTHERS[name]}. There is no such model here")
     if f"{model.first}.weight" not in weights:
         raise ValueError("none of the backbone is in these weights: they have "
                          f"{', '.join(names[:4])} ..., the model {', '.join(list(own)[:4])} ...")

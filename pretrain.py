@@ -148,10 +148,12 @@ def main(argv=None):
 # --- Recipes ---
 
 # What a paper asks for on ImageNet. warmup_share: of the run. lr: per 256 images of the batch.
-# clip 0: none. at_once: the most images a process holds, the rest of its batch is accumulated.
+# clip 0: none. BM's batch and warm-up are those of its launch scripts.
+# at_once: the most images a process holds, the rest of its batch is accumulated.
+# differs from the authors' code: A2's has half this lr for ViTs, and steps for the cosine.
 PAPERS = {
-    "BM": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup_share=40 / 300,
-               lr=1.5e-4, batch_size=4096, at_once=64, betas=[0.9, 0.95], clip=0.0,
+    "BM": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup_share=20 / 300,
+               lr=1.5e-4, batch_size=2048, at_once=64, betas=[0.9, 0.95], clip=0.0,
                crop=[0.2, 1.0]),
     "A2": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup_share=10 / 300,
                lr=1e-4, batch_size=2048, at_once=64, betas=[0.9, 0.999], clip=5.0,
@@ -181,21 +183,46 @@ def kind_of(data):
     return "folder"
 
 
-def recipe(task, data, model):
-    """The defaults of a command line: the paper's on a folder of images, small ones elsewhere."""
-    paper, kind = degrade.TASKS[task].paper, kind_of(data)
+def recipe(chosen):
+    """The defaults for what is read first: the paper's on a folder of images, small ones elsewhere.
+    """
+    data, model, kind = chosen.data, chosen.model, kind_of(chosen.data)
+    paper = degrade.TASKS[chosen.task].paper
     maps = model is not None and not models.MODELS[model].family.tokens
-    defaults = dict(PAPERS[paper], recipe=f"{paper}'s on a folder")
-    if kind != "folder":
-        epochs = SMALL_EPOCHS[kind, "maps" if maps else paper]
-        defaults.update(SMALL_MAPS if maps else SMALL, epochs=epochs, recipe=f"{paper}, small")
-        if paper == "BM":
-            defaults["crop"] = [0.5, 1.0]
-    elif paper == "A2" and maps:
+    defaults = dict(PAPERS[paper], recipe=f"{paper}'s")
+    if paper == "A2" and maps:
         defaults.update(lr=1.5e-4, clip=0.0)
     elif paper == "A2" and model in (None, "vit_base"):
         defaults.update(epochs=800, warmup_share=10 / 800)
-    return dict(defaults, model=model or defaults["model"])
+    if kind != "folder":
+        epochs = SMALL_EPOCHS[kind, "maps" if maps else paper]
+        defaults.update(SMALL_MAPS if maps else SMALL, epochs=epochs)
+    if is_small(data, model, chosen.img_size):
+        defaults.update(lr=SMALL["lr"], at_once=SMALL["at_once"], recipe=f"{paper}'s, small")
+        if paper == "BM":
+            defaults["crop"] = [0.5, 1.0]
+    defaults["model"] = model or defaults["model"]
+    if kind == "folder":
+        files, _ = image_files(inner(data, "train"), only=tuple(chosen.only or ()))
+        defaults = for_size(defaults, len(files))
+    return defaults
+
+
+def is_small(data, model, img_size):
+    """Whether data, model or pictures are too small for ImageNet's learning rate and crops."""
+    return kind_of(data) != "folder" or model == SMALL["model"] or max(img_size or [96]) < 96
+
+
+def for_size(defaults, images):
+    """The recipe for so many images: a batch of at most a 32nd of them, a power of two from 64 on,
+    and 5,000 steps or more. ImageNet gets the paper's.
+    """
+    batch = min(defaults["batch_size"], max(64, 2 ** int(math.log2(max(1, images / 32)))))
+    epochs = max(defaults["epochs"], math.ceil(5000 * batch / images))
+    name = defaults["recipe"]
+    if (batch, epochs) != (defaults["batch_size"], defaults["epochs"]):
+        name += f", batch and epochs for {images:,} images"
+    return dict(defaults, batch_size=batch, epochs=epochs, recipe=name)
 
 
 # --- Options ---
@@ -234,9 +261,20 @@ def share(text):
     return float(text)
 
 
+def file_of_names(path):
+    check(os.path.isfile(path))
+    return [name for name in Path(path).read_text().splitlines() if name]
+
+
+def first_options(o):
+    """What is read first in every script, beside --data and --model."""
+    o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
+    o("--classes", dest="only", type=file_of_names, metavar="FILE", help="of a folder, these class "
+      "folders alone, one a line")
+
+
 def training_options(o):
     """What every training has. The recipe gives the defaults."""
-    o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
     o("--epochs", type=positive, help="passes over the data")
     o("--steps", type=positive_int, help="a whole run of so many steps, instead of --epochs")
     o("--warmup", type=not_negative, help="epochs of it; None: the recipe's share of the run")
@@ -277,9 +315,10 @@ def options(argv=None):
                        + ", ".join(SETS))
     first.add_argument("--model", choices=models.MODELS, metavar="MODEL",
                        help=", ".join(models.MODELS))
+    first_options(first.add_argument)
     chosen, _ = first.parse_known_args(argv)
     row = degrade.TASKS[chosen.task]
-    defaults = recipe(chosen.task, chosen.data, chosen.model)
+    defaults = recipe(chosen)
     network = models.MODELS[defaults["model"]]
 
     p = Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
@@ -290,11 +329,12 @@ def options(argv=None):
     o("--token_how", choices=models.TOKEN_HOWS, default="replace" if row.fill == "token" else "add",
       help="added to the features, instead of them, or (A2's code) added to scaled ones")
     o("--decoder", metavar="DEPTHxWIDTHxHEADS", help="MAE's is 8x512x16")
-    o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero (A2)")
+    o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero: A2 "
+      "has it where detection or segmentation follows")
     o("--loss", choices=losses.PIXEL_LOSS, default=row.loss, help="distance in pixels")
     o("--norm_target", choices=("patch", "channel", "off"), default=row.norm_target,
       help="what mean and deviation a target pixel is normalised by")
-    o("--band_weight", type=share, default=0.2, help="of the outer band of a view that is larger "
+    o("--band_weight", type=share, default=0.5, help="of the outer band of a view that is larger "
       "than the input (BM A.2)")
     o("--freq_weight", type=not_negative, default=row.freq_weight,
       help="lambda of the focal frequency loss (A2 eq. 6)")
@@ -323,20 +363,16 @@ def settle(args, process, data):
     """What follows from the options and the data: where the token enters, what hidden patches hold,
     the view, the share of each process, the folder.
     """
-    settings, usual = args.settings, degrade.TASKS[args.task].fill
+    settings = args.settings
     layer, fill = models.token_layer(args.model, args.token_at), settings["fill"]
-    tokens = models.MODELS[args.model].family.tokens
-    replaced = tokens and layer == 0 and args.token_how == "replace"
-    fits = layer == 0 if fill == "token" else layer != "decoder" and not replaced
-    check(fill == usual or fits, f"--fill {fill} does nothing with --token_at {args.token_at} "
-          f"--token_how {args.token_how}: colours show where patches are kept, token is the mask "
-          "token at the input")
     if layer == "decoder":
         fill = None  # hidden patches are dropped
     elif not settings["mask_ratio"]:
         layer = fill = None  # nothing is hidden
     elif fill is None or fill == "token" and layer != 0:
         fill = "mean"
+    check(settings["fill"] in (fill, degrade.TASKS[args.task].fill), f"--fill {settings['fill']} "
+          f"does nothing with --token_at {args.token_at} and --mask_ratio {settings['mask_ratio']}")
     if layer != "decoder":
         check(args.decoder == models.MODELS[args.model].decoder,
               f"--decoder {args.decoder}: with --token_at {args.token_at} there is none")
@@ -678,17 +714,19 @@ def unreadable(error):
 
 
 @functools.lru_cache(maxsize=4)
-def image_files(folder, labelled=False):
-    """The sorted names of all images below a folder, relative to it, and in words how many hidden
-    or system names and files of other kinds are no part of them. Links are followed, into no folder
-    twice; labelled: but by two classes.
+def image_files(folder, labelled=False, only=()):
+    """The sorted names of all images below a folder, or `only` some folders in it, relative to it,
+    and in words how many hidden or system names and files of other kinds are no part of them. Links
+    are followed, into no folder twice; labelled: but by two classes.
     """
-    found, seen, passed, others = [], set(), 0, 0
+    found, seen, passed, others, absent = [], set(), 0, 0, set()
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         hidden = {name for name in folders + names
                   if name.startswith(".") or name in ("__MACOSX", "@eaDir")}
         folders[:] = sorted(set(folders) - hidden)
         inside = os.path.relpath(where, folder)
+        if only and inside == ".":
+            absent, names, folders[:] = {*only} - {*folders}, [], sorted({*only} & {*folders})
         here = os.path.realpath(where), inside.split(os.sep)[0] if labelled else ""
         if here in seen or {"config.json", "log.jsonl"} <= set(names):  # a run's own pictures
             folders.clear()
@@ -702,6 +740,7 @@ def image_files(folder, labelled=False):
           f"{' '.join(IMG_FILES)}")
     left = [f"{passed:,} hidden or system names passed over"] * bool(passed)
     left += [f"{others:,} files of other kinds left out"] * bool(others)
+    left += [f"{len(absent):,} of --classes not there"] * bool(absent)
     return np.array(sorted(found)), ", ".join(left)  # one block, not a million objects
 
 
@@ -715,9 +754,9 @@ class FolderSet(Dataset):
     """All images below a folder, read by loader processes. labelled: folder/<class>/... only."""
     channels = 3
 
-    def __init__(self, folder, labelled=False, classes=None):
+    def __init__(self, folder, labelled=False, classes=None, only=None):
         self.folder, self.bad = folder, {}  # bad: what cannot be read, its last epoch
-        self.names, left = image_files(folder, labelled)
+        self.names, left = image_files(folder, labelled, tuple(only or ()))
         self.found = f"{len(self.names):,} images in {folder}" + f" ({left})" * bool(left)
         of = [os.fsdecode(name).split("/") if labelled else ["", ""]
               for name in self.names.tolist()]
@@ -805,6 +844,7 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     or "val". labelled: a folder must be DIR/SPLIT/<class>/..., of `classes` where they are known.
     """
     train, kind = split == "train", kind_of(args.data)
+    check(kind == "folder" or not args.only, f"--classes: {args.data} is no folder")
     if kind == "shapes":
         drawn = Drawn(30000, seed=0) if train else Drawn(5000, seed=1)
         return MemorySet(drawn, drawn.labels, list(SHAPES), f"shapes {split}")
@@ -816,7 +856,7 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     check(folder != args.data or not labelled,
           f"there is no {args.data}/{split}: labelled images are {args.data}/train/<class>/... and "
           f"{args.data}/val/<class>/...")
-    data = FolderSet(folder, labelled, classes)
+    data = FolderSet(folder, labelled, classes, args.only)
     copies = gather(data.contents, process)
     check(len(set(copies)) == 1, f"processes see other images in {folder}, by count and names: "
           + ", ".join(f"rank {rank} {contents}" for rank, contents in enumerate(copies)))
@@ -992,8 +1032,10 @@ def begin(args, process, state):
         old = models.read_weights(args.origin)
         check({*state, "step", "config", "recent"} <= {*old}, f"{args.origin} is no checkpoint of "
               "this script: --resume takes one, --weights takes plain weights")
-        for name, value in config_of(args).items():
-            before = old["config"].get(name)
+        now, then = ({**c, **c.get("settings", {}), "settings": None}
+                     for c in (config_of(args), old["config"]))
+        for name, value in now.items():
+            before = then.get(name)
             check(name in MAY_CHANGE or before == value, f"{args.origin} was made with {name} "
                   f"{before}, this command asks for {value}: give the same, or begin a longer or "
                   f"other run in another --out with --weights {args.origin.parent}")
@@ -1028,7 +1070,9 @@ def save(step, args, process, state, recent, picture=None):
 
 
 def log(args, process, **line):
-    """A line of log.jsonl."""
+    """A line of log.jsonl. JSON has no infinity, which fp16's first norms may be."""
+    line = {k: v if math.isfinite(v) else None for k, v in line.items()}
+
     def write():
         with open(args.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")

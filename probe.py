@@ -79,8 +79,8 @@ def load_model(args, weights, channels, process, classes=0):
 
 def defaults_of(defaults):
     """The defaults of open_run for what is shown to a frozen encoder: as its run was measured."""
-    names = ("data", "model", "root", "img_size", "patch_size", "pool", "relative_positions",
-             "test_crop")
+    names = ("data", "only", "model", "root", "img_size", "patch_size", "pool", "test_crop",
+             "relative_positions")
     if defaults.get("test_size"):  # a ResNet's, trained at another
         defaults["img_size"] = [defaults["test_size"]]
     return {name: defaults[name] for name in names}
@@ -91,12 +91,10 @@ def options(argv=None):
     first = pretrain.Parser(add_help=False)
     finetune.first_options(first.add_argument)
     chosen, _ = first.parse_known_args(argv)
-    weights, _, defaults = finetune.open_run(chosen.weights, chosen.data, chosen.model)
+    weights, _, defaults = finetune.open_run(chosen.weights, chosen)
     p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
-    o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
     finetune.encoder_options(o)
-    o("--labels", type=positive_int, help="keep so many labelled images a class, chosen by --seed")
     o("--blocks", type=int, choices=(2, 4), help="also so many transformer blocks on the tokens")
     o("--epochs", type=positive_int, help="of --blocks; None: 20, or as many as make 2,000 steps")
     o("--out", type=pretrain.folder_path,

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +66,13 @@ def folders_anew():
     pretrain.image_files.cache_clear()
 
 
+@pytest.fixture
+def imagenet(monkeypatch):
+    """Any folder has ImageNet's 1,281,167 images in 1,000 classes, where recipes ask for names."""
+    names = np.array([b"%03d/x.jpg" % (i % 1000) for i in range(1281167)])
+    monkeypatch.setattr(pretrain, "image_files", lambda *_, **__: (names, ""))
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """24 pictures in nested folders, of two sizes."""
@@ -111,7 +119,7 @@ def run(folder, tmp_path, capfd):
 def of(labelled, tmp_path, capfd):
     """of(module, *options), as `run`, of finetune or probe on `labelled`."""
     def go(module, *argv, out=None, data=None):
-        tiny = "--batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
+        tiny = "--recipe deit --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
         where = ["--data", data or labelled, "--out", out or tmp_path / "run"]
         argv = [*NET, *(tiny if module is finetune else []), *where, *argv]
         code = pretrain.command(module.main, [str(x) for x in argv])

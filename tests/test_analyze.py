@@ -223,9 +223,9 @@ def do(made, tmp_path, capfd):
     return go
 
 
-def views(labelled, size, crop=0.875):
+def views(labelled, size):
     val = pretrain.FolderSet(labelled / "val", labelled=True)
-    return next(val.plain(torch.arange(13), 13, size, torch.device("cpu"), crop=crop))
+    return next(val.plain(torch.arange(13), 13, size, torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -240,6 +240,8 @@ def test_maps_of_runs_each_at_its_own_size(do, made, labelled, name, look):
             assert np.allclose(mean, z.mean(0), rtol=1e-4, atol=1e-5)
             assert np.allclose(error, z.std(0) / 13 ** 0.5, rtol=1e-3, atol=1e-6)
     assert len(found["none"]["mean"]) == 12  # random weights, like the first run
+    assert found["zoom"]["stages"] == []  # it has one
+    assert found["resnet"]["stages"] == approx([0.25, 0.45, 0.65, 0.85])  # of ten maps two are first
 
 
 def test_occlusion(do, made, short_fits):
@@ -274,7 +276,7 @@ def test_interaction(do, made, labelled):
     run = do("interaction tuned --img_size 8 --pairs 6 --contexts 2")[2]["tuned"]
     model = models.encoder("vit_micro", 8, 4, 3, 3, pool="mean").eval()
     models.load_weights(model, made / "tuned")
-    view, labels = views(labelled, (8, 8), 1.0)
+    view, labels = views(labelled, (8, 8))
 
     def f(visible):
         shown = patch_pixels(visible, 4, (2, 2))
@@ -307,7 +309,7 @@ def test_reconstruct_measures_the_loss(do, made, labelled, name):
     model = models.recovery_model(c["model"], c["img_size"], c["patch_size"],
                                   token_at=c["token_at"], decoder=c["decoder"])
     models.load_weights(model, made / name)
-    view, _ = views(labelled, c["view"], 1.0)
+    view, _ = views(labelled, c["view"])
     assert run["mse"] == approx(loss_of(model, view, c))
     if name == "resnet":
         without = loss_of(model, view, c, token=False)
@@ -320,7 +322,7 @@ def test_a_file_of_weights_alone_is_reconstructed(do, labelled, tmp_path):
     run = do(f"reconstruct {tmp_path}/mae.pth --data {labelled} --model vit_micro --img_size 16 "
              "--patch_size 4 --task mask --decoder 1x32x2 --norm_target off")[2]["mae.pth"]
     c = dict(task="mask", settings={}, img_size=(16, 16), patch_size=4, norm_target="off")
-    assert run["mse"] == approx(loss_of(model, views(labelled, (16, 16), 1.0)[0], c))
+    assert run["mse"] == approx(loss_of(model, views(labelled, (16, 16))[0], c))
 
 
 def test_curves_are_those_of_the_logs(do, made):

@@ -119,7 +119,7 @@ def test_zoom_out_mirrors_around_a_random_place(small):
 
 
 def test_zoom_out_fills_and_sizes():
-    """BM A.3: black, the other image, or nothing around. Table 2: one of four sizes."""
+    """BM A.3: black, other images, or nothing around. Table 2: one of four sizes."""
     x = picture(2, 3, 16, 16) + 0.1
     mirror, black, other, none = (D.zoom_out(x, 8, fill, seed())
                                   for fill in ("mirror", "black", "other", "none"))
@@ -130,6 +130,16 @@ def test_zoom_out_fills_and_sizes():
     out = D.zoom_out(torch.ones(100, 1, 224, 14), "rand", "black", seed())
     assert out[:, 0].any(2).sum(1).unique().tolist() == [96, 128, 160, 192]
     assert len(D.zoom_out(torch.ones(100, 1, 4, 4), 3, "black").unique(dim=0)) == 4  # places
+
+
+def test_zoom_out_among_patches_of_several_images():
+    """BM A.3: "patches from other images". They are of the other three of four neighbours."""
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 32, 32)
+    out = D.zoom_out(images, 8, "other", seed(), patch_size=4).round()
+    for i, x in enumerate(out):
+        four = set(range(i // 4 * 4, i // 4 * 4 + 4))
+        assert {*x.unique().tolist()} == four  # its own inside, the others around
+        assert (x == i).sum() == 8 * 8
 
 
 def test_fisheye_formula():
@@ -160,18 +170,27 @@ def test_wave_moves_each_row_by_a_sine():
 def test_blur_kernels():
     """BM A.1: k x k weights ~ N(1 / k^2, 0.02^2), drawn for each image and channel."""
     point = F.pad(torch.ones(64, 3, 1, 1), [11] * 4)
-    out = D.blur(point, 9, seed())
+    out = D.blur(point, 9, generator=seed())
     kernel = out[:, :, 7:16, 7:16].flatten(2)  # (64, 3, 81)
     assert (out != 0).sum() == kernel.numel()
     assert kernel.mean() == pytest.approx(1 / 81, abs=6e-4)
     assert kernel.std() == pytest.approx(0.02, rel=0.03)
     assert len(kernel[:, :, 0].unique()) == 64 * 3
-    sides = D.blur(point, "rand", seed())[:, 0].any(2).sum(1)
+    sides = D.blur(point, "rand", generator=seed())[:, 0].any(2).sum(1)
     assert sides.unique().tolist() == [5, 7, 9, 11]
 
 
+@pytest.mark.parametrize("how, deviation", [("kaiming", 2 ** 0.5 / 5), ("xavier", 1 / 5)])
+def test_other_kernels(how, deviation):
+    """BM A.1: Kaiming's normal has variance 2 / 25 for 5 x 5 weights, Xavier's 2 / (25 + 25)."""
+    point = F.pad(torch.ones(200, 3, 1, 1), [3] * 4)
+    kernel = D.blur(point, 5, how, seed())[:, :, 1:6, 1:6]
+    assert kernel.mean().abs() < 0.01
+    assert kernel.std() == pytest.approx(deviation, rel=0.03)
+
+
 def test_blur_keeps_channels_apart_and_repeats_the_edge():
-    out = D.blur(torch.eye(3)[1].view(1, 3, 1, 1).expand(1, 3, 12, 20), 9, seed())[0]
+    out = D.blur(torch.eye(3)[1].view(1, 3, 1, 1).expand(1, 3, 12, 20), 9, generator=seed())[0]
     assert close(out, out[:, 6:7, 10:11])  # each is of one colour
     assert [x != 0 for x in out[:, 6, 10].tolist()] == [False, True, False]
 
@@ -231,7 +250,7 @@ SETTINGS = {  # BM Table 2 and A.3
     "mask": dict(mask_kind=D.MASKS, mask_unit=[2]),
     "zoom_out": dict(zoom_size=(96, 128, 160, 192, "rand"), zoom_fill=("none", "black", "other")),
     "distort": dict(twist=[(0.15, 0.2), (0.2, 0.25), (0.25, 0.3)], warp=["wave"]),
-    "blur": dict(blur_kernel=(5, 7, 9, 11, "rand")),
+    "blur": dict(blur_kernel=(5, 7, 9, 11, "rand"), blur_init=("kaiming", "xavier")),
     "decolor": dict(saturation=(0, 0.3, 0.6)),
     "a2mim": dict(mask_kind=["hole"]),
 }
@@ -245,13 +264,13 @@ def test_a_seed_is_a_result_for_any_split_and_device(task, name, value):
     def go(view, **within):
         return D.degrade(view, task, 224, generator=seed(), **{name: value}, **within)[:4]
 
-    view = picture(4, 3, *D.view_size(task, 224))
+    view = picture(8, 3, *D.view_size(task, 224))
     device = "cuda" if torch.cuda.is_available() else "meta"  # "meta" has no numbers
-    part = go(view[2:], within=(2, 4))
+    part = go(view[4:], within=(4, 8))
     for x, again, cut, there in zip(go(view), go(view), part, go(view.to(device))):
         if x is not None:
             assert torch.equal(x, again)
-            assert close(x[2:], cut)
+            assert close(x[4:], cut)
             assert there.device.type == device
             assert device == "meta" or close(x, there.cpu(), 1e-4)
 
@@ -279,7 +298,7 @@ def test_a_task_is_a_function_and_a_row(monkeypatch):
     ("no setting 'saturation'", "mask", dict(saturation=1)),
     ("mask ratio 1.0", "mask", dict(mask_ratio=1.0)),
     ("hides none", "mask", dict(mask_ratio=0.05, mask_kind="center")),
-    ("1 is not even", "zoom_out", dict(zoom_fill="other")),
+    ("1 are not fours", "zoom_out", dict(zoom_fill="other")),
 ])
 def test_what_degrade_refuses(says, task, settings):
     with pytest.raises(ValueError, match=says):

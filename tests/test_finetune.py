@@ -46,7 +46,9 @@ def data(labelled, tmp_path):
 
 DEIT = dict(model="vit_base", recipe="deit", img_size=[224], patch_size=16, batch_size=1024,
             optimizer="adamw", betas=[0.9, 0.999], weight_decay=0.05, clip=5, layer_decay=0.65,
-            drop_path=0.1, smoothing=0.1, rand_augment=[9, 0.5], mixup=0.8, cutmix=1, loss="ce")
+            drop_path=0.1, smoothing=0.1, rand_augment=[9, 0.5], mixup=0.8, cutmix=1, loss="ce",
+            random_erasing=0, pool="mean")
+BM = dict(DEIT, recipe="bm", clip=0, layer_decay=0.75, random_erasing=0.25, pool="cls")
 RSB_A3 = dict(model="resnet50", recipe="rsb_a3", img_size=[160], batch_size=2048, optimizer="lamb",
               weight_decay=0.02, clip=0, layer_decay=1, drop_path=0, smoothing=0, mixup=0.1,
               rand_augment=[6, 0.5], cutmix=1, loss="bce", test_size=224, test_crop=0.95)
@@ -54,21 +56,42 @@ RSB_A2 = dict(RSB_A3, recipe="rsb_a2", img_size=[224], drop_path=0.05, rand_augm
 
 
 @pytest.mark.parametrize("flags, epochs, lr, table", [
-    ([], 100, 1e-3, DEIT), (["--model", "resnet50"], 100, 8e-3, RSB_A3),
-    (["--model", "resnet50", "--recipe", "rsb_a2"], 300, 12e-3, RSB_A2)])
-def test_on_a_folder_the_recipe_is_table_a2(flags, epochs, lr, table, tmp_path):
-    """With 5 epochs of warm-up. lr is that of the whole batch."""
-    args, _, _ = finetune.options(["--data", str(tmp_path), *flags])
+    ("", 100, 4e-3, BM), ("--recipe deit", 100, 1e-3, DEIT),
+    ("--model resnet50", 100, 8e-3, RSB_A3),
+    ("--model resnet50 --recipe rsb_a2", 300, 5e-3, RSB_A2),
+    ("--model resnet50 --recipe deit", 100, 1e-3, dict(DEIT, model="resnet50", layer_decay=1))])
+def test_on_a_folder_the_recipe_is_the_papers(flags, epochs, lr, table, tmp_path, imagenet):
+    """BM 4.2 and its code, A2's Table A2. 5 epochs of warm-up. lr is that of the whole batch.
+
+    A2's B.1 fine-tunes a ResNet-50 as a ViT. Its Table A2 has another lr for RSB A2, see RECIPES.
+    """
+    args, _, _ = finetune.options(["--data", str(tmp_path), *flags.split()])
     assert {name: getattr(args, name) for name in table} == table
     assert (args.epochs, args.warmup_share * epochs) == (epochs, pytest.approx(5))
     assert args.lr * args.batch_size / 256 == pytest.approx(lr)
 
 
+@pytest.mark.parametrize("task, recipe", [("zoom_in", "bm"), ("a2mim", "deit"), (None, "bm")])
+def test_a_runs_paper_is_its_recipe(task, recipe, tmp_path, imagenet):
+    config = dict(task=task, model="vit_small", data=str(tmp_path))
+    torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
+    assert finetune.options(["--weights", str(tmp_path)])[0].recipe == recipe
+
+
+@pytest.mark.parametrize("flags, batch, epochs", [("", 64, 8889), ("--labels 2", 64, 53334)])
+def test_few_images_have_a_small_batch_and_5000_steps(flags, batch, epochs, labelled):
+    """36 of them, or 6."""
+    argv = ["--data", str(labelled), "--model", "vit_micro", *flags.split()]
+    args, _, _ = finetune.options(argv)
+    assert (args.recipe[:5], args.batch_size, args.epochs) == ("small", batch, epochs)
+    assert (args.img_size, args.patch_size, args.crop) == ([224], 16, [0.8, 1])
+
+
 def test_each_part_of_the_recipe_reaches_the_run(of, tmp_path):
     """Another value gives another gradient in the first step. The same seed gives the same."""
     changes = ("", "--batch_size 8", "--mixup 0", "--cutmix 0", "--drop_path 0", "--smoothing 0",
-               "--rand_augment 0 0", "--loss bce", "--crop 1 1", "--pool mean", "--clip 0.001",
-               "--labels 2", "--seed 1")
+               "--rand_augment 0 0", "--loss bce", "--crop 1 1", "--pool cls", "--clip 0.001",
+               "--random_erasing 1", "--labels 2", "--seed 1")
     found = []
     for i, change in enumerate(changes):
         assert of(finetune, "--steps", 1, *change.split(), out=tmp_path / str(i))[0] == 0
@@ -139,13 +162,33 @@ def test_rand_augment_depends_on_its_generator_alone(channels):
     image, before = (torch.rand(channels, 20, 24) * 255).byte(), torch.get_rng_state()
 
     def draws():
-        return torch.stack([finetune.rand_augment(image, pretrain.seeded(i), 9, 0.5)
+        return torch.stack([finetune.augmented(image, pretrain.seeded(i), 9, 0.5, 0.5)
                             for i in range(12)])
     first = draws()
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(1)
     assert torch.equal(first, draws())
     assert (first != image).flatten(1).any(1).sum() > 4
+
+
+def test_random_erasing():
+    """A2 3.1: a part of .02 to .33 of the image, in so many images, is noise, normal once it is
+    normalised. The rest stays.
+    """
+    image = torch.full((3, 60, 40), 100, dtype=torch.uint8)
+    found = torch.stack([finetune.augmented(image, pretrain.seeded(i), 0, 0, 0.25)
+                         for i in range(400)])
+    changed = (found != 100).any(1)  # (400, 60, 40)
+    some = changed.flatten(1).any(1)
+    assert some.float().mean() == pytest.approx(0.25, abs=0.06)
+    area = changed[some].float().mean((1, 2))
+    assert 0.018 < area.min() and 0.25 < area.max() < 0.35
+    for mask in changed[some]:
+        rows, columns = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() > 0.95 * rows * columns  # a rectangle, but for noise of just that value
+    noise = found.movedim(1, 3)[changed].float() / 255
+    assert noise.mean() == pytest.approx(0.45, abs=0.01)
+    assert noise.std() == pytest.approx(0.225, abs=0.02)
 
 
 def test_a_strength_of_nine_is_nine_tenths(monkeypatch):
@@ -157,7 +200,7 @@ def test_a_strength_of_nine_is_nine_tenths(monkeypatch):
         return lambda image: image + ops
     monkeypatch.setattr(finetune.v2, "RandAugment", operation)
     image = torch.zeros(1, 1, 1, dtype=torch.uint8)
-    used = [finetune.rand_augment(image, pretrain.seeded(i), 9, 0.5).item() for i in range(400)]
+    used = [finetune.augmented(image, pretrain.seeded(i), 9, 0.5, 0).item() for i in range(400)]
     assert np.bincount(used) / 400 == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
     assert (np.mean(strengths), np.std(strengths)) == pytest.approx((0.9, 0.05), abs=0.01)
     assert max(strengths) <= 1
@@ -303,7 +346,8 @@ def test_weights_are_what_training_begins_with(kind, model, flags, of, run, labe
         before = models.encoder(model, 16 if vit else 32, 4, num_classes=3).state_dict()
         before["head.bias" if vit else "fc.bias"].fill_(7)
         torch.save(before, path)
-    flags = [*flags, "--test_size", 0, "--lr", 1e-9, "--steps", 1, "--weights", path]
+    flags = [*flags, "--recipe", "deit" if vit else "rsb_a3", "--test_size", 0, "--lr", 1e-9,
+             "--steps", 1, "--weights", path]
     assert of(finetune, *flags, out=tmp_path / "fine")[0] == 0
     after, optimizer = (checkpoint_of(tmp_path / "fine")[name] for name in ("model", "optimizer"))
     for name, x in after.items():
@@ -324,7 +368,7 @@ MAPS = dict(model="resnet18", img_size=[96, 96], test_size=128)
 
 @pytest.mark.parametrize("run, flags, want", [
     (RUN, [], RUN), (MAPS, [], dict(img_size=[160], test_size=224)), (MAPS, ["--eval"], MAPS)])
-def test_a_run_settles_model_and_sizes(run, flags, want, tmp_path):
+def test_a_run_settles_model_and_sizes(run, flags, want, tmp_path, imagenet):
     """A2 pre-trains a ResNet at 224 and fine-tunes it at 160. --eval measures as the run did."""
     config = dict(run, data=str(tmp_path))
     torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
@@ -396,7 +440,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(of, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--labels", 13], "--labels 13: class class0 has only 12"),
     (["--mixup", 1, "--batch_size", 3], "3 at once are odd"),
-    (["--recipe", "rsb_a3"], "--recipe rsb_a3 is not for a vit_micro"),
+    (["--recipe", "rsb_a3"], "--recipe rsb_a3: vit_micro is no ResNet"),
     (["--test_size", 32], "--test_size 32: a ViT is measured"),
     (["--weights", "nowhere.pt"], "no weights at nowhere.pt")])
 def test_what_cannot_be_done_gets_one_line_and_exit_code_2(flags, says, of):

@@ -100,6 +100,20 @@ def test_two_links_to_one_class_folder_are_two_classes(tmp_path):
     assert data.classes == ["cat", "copy"] and len(data) == 8
 
 
+def test_classes_of_a_list_alone(of, run, tmp_path):
+    """--classes: an ImageNet-100 of ImageNet. A run hands it on. What is not there is said."""
+    labelled(tmp_path / "data", ("cat", "dog", "sea cow"))
+    (tmp_path / "some.txt").write_text("sea cow\ncat\nyeti\n")
+    some = ["--classes", tmp_path / "some.txt"]
+    code, said, _ = run("--steps", 1, *some, data=tmp_path / "data", out=tmp_path / "r")
+    assert code == 0 and "8 images" in said and "(1 of --classes not there)" in said
+    code, said, _ = of(probe, "--weights", tmp_path / "r", data=tmp_path / "data")
+    assert code == 0 and "of 2 classes" in said and '"images": 8' in said
+    assert of(finetune, *some, data=tmp_path / "data", out=tmp_path / "f")[0] == 0
+    assert models.read_weights(tmp_path / "f")["config"]["classes"] == ["cat", "sea cow"]
+    assert run("--classes", "nowhere", out=tmp_path / "s")[0] == 2
+
+
 def test_other_copies_of_the_data_are_refused(tmp_path):
     """Before the first step, and it is said which rank sees what."""
     pictures(tmp_path / "0", 4)
@@ -135,6 +149,48 @@ def test_a_small_shared_memory_ends_in_one_line(tmp_path):
     done = subprocess.run(["unshare", "-m", "bash", "-c", start], capture_output=True, text=True,
                           cwd=os.path.dirname(pretrain.__file__))
     assert done.returncode == 1 and "--workers 0" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("name, what", [
+    ("dist_token", "distilled"), ("blocks.0.ls1.gamma", "DINOv2"), ("blocks.0.gamma_1", "BEiT"),
+    ("register_tokens", "registers"), ("class_token", "torchvision"), ("fc_norm.weight", "pooling"),
+    ("vit.embeddings.cls_token", "Hugging Face's ViTMAE: timm's vit_base_patch16_224.mae")])
+def test_files_of_other_models_are_named(name, what):
+    model = models.encoder("vit_micro", 32, 4)
+    with pytest.raises(ValueError, match=what):
+        models.load_weights(model, {**model.state_dict(), name: torch.zeros(3)})
+
+
+def test_moco_v3_and_dino_load():
+    """MoCo-v3's query encoder, whose head is a projector, DINO's backbone, also of a teacher."""
+    source = models.encoder("vit_micro", 32, 4).state_dict()
+    moco = {f"module.{part}.{name}": x for part in ("base_encoder", "momentum_encoder")
+            for name, x in source.items()}
+    moco["module.base_encoder.head.0.weight"] = torch.zeros(9, 9)
+    moco["module.predictor.0.weight"] = torch.zeros(9, 9)
+    dino = {f"module.backbone.{name}": x for name, x in source.items()}
+    dino["module.head.mlp.0.weight"] = torch.zeros(9, 9)
+    for file in ({"epoch": 300, "state_dict": moco}, source, {"teacher": dino}):
+        model = models.encoder("vit_micro", 32, 4, num_classes=7)
+        loaded = models.load_weights(model, file)
+        assert loaded.missing == ["head.weight", "head.bias"]
+        assert all(torch.equal(x, model.state_dict()[name]) for name, x in source.items())
+
+
+def test_safetensors(tmp_path):
+    """Read where the package is there. Else its name is said."""
+    source = models.encoder("vit_micro", 32, 4)
+    file = tmp_path / "model.safetensors"
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            models.load_weights(source, file)
+        return
+    save_file(source.state_dict(), file)
+    target = models.encoder("vit_micro", 32, 4)
+    models.load_weights(target, file)
+    assert torch.equal(target.cls_token, source.cls_token)
 
 
 @pytest.mark.parametrize("state, message", [

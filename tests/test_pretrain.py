@@ -276,7 +276,7 @@ def test_no_weight_decay_on_biases_norms_tokens_positions():
 
 IMAGENET = P.MemorySet(torch.empty(1281167, 3, 0, 0, dtype=torch.uint8), range(1281167), [], "")
 BOTH = dict(model="vit_base", img_size=[224, 224], patch_size=16, weight_decay=0.05, micro_batch=64)
-BM = dict(BOTH, batch_size=4096, epochs=300, warmed=40, lr=1.5e-4, betas=[0.9, 0.95], clip=0,
+BM = dict(BOTH, batch_size=2048, epochs=300, warmed=20, lr=1.5e-4, betas=[0.9, 0.95], clip=0,
           crop=[0.2, 1], loss="mse", norm_target="patch", freq=[0, 1, False])
 A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.999], clip=5,
           crop=[0.67, 1], loss="l1", norm_target="off", freq=[0.5, 1, False], fill="mean",
@@ -285,7 +285,7 @@ A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.9
 
 @pytest.mark.parametrize("argv, paper, more", [
     ("--task mask", BM, dict(view=(224, 224), token_at="decoder", decoder="4x384x6")),
-    ("--task zoom_in_mask", BM, dict(view=(320, 320), peak_lr=2.4e-3, accum=8, mask_ratio=0.75)),
+    ("--task zoom_in_mask", BM, dict(view=(320, 320), peak_lr=1.2e-3, accum=4, mask_ratio=0.75)),
     ("--task a2mim", A2, dict(token_at=8, peak_lr=8e-4, accum=4)),
     ("--task a2mim --model vit_small", A2, dict(model="vit_small", epochs=300, token_at=5)),
     ("--task a2mim --model resnet50", A2,
@@ -293,7 +293,7 @@ A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.9
     ("--data cifar10", {}, dict(model="vit_micro", img_size=[32, 32], epochs=12, crop=[0.5, 1])),
     ("--data shapes --model resnet18 --lr 1", {}, dict(img_size=[64, 64], epochs=5, lr=1)),
 ])
-def test_recipes(argv, paper, more, tmp_path):
+def test_recipes(argv, paper, more, tmp_path, imagenet):
     """BM 4.1, A.1. A2 5.1, Table A1, and the epochs of its Tables 1 and 2. Eight processes."""
     args = P.options(["--data", str(tmp_path), *argv.split()])
     P.settle(args, P.Process(0, 8, CPU), IMAGENET)
@@ -301,6 +301,21 @@ def test_recipes(argv, paper, more, tmp_path):
     got["warmed"] = round(args.warmup_steps * args.batch_size / 1281167, 1)
     assert {name: got[name] for name in want} == want
     assert args.total == math.ceil(args.epochs * 1281167 / args.batch_size)
+
+
+@pytest.mark.parametrize("flags, images, want", [
+    ("", 360, dict(batch_size=64, epochs=889)), ("", 6080, dict(batch_size=128, epochs=300)),
+    ("", 126689, dict(batch_size=2048, epochs=300)), ("--task a2mim", 50000, dict(batch_size=1024)),
+    ("--model vit_micro", 6080, dict(lr=1.5e-3, crop=[0.5, 1], img_size=[224], batch_size=128)),
+    ("--img_size 64 96", 6080, dict(lr=1.5e-4, crop=[0.2, 1])),
+    ("--img_size 64 80", 6080, dict(lr=1.5e-3, crop=[0.5, 1], epochs=300))])
+def test_the_recipe_follows_the_number_of_images(flags, images, want, tmp_path, monkeypatch):
+    """A batch is a power of two, at least 64, at most a 32nd of them. 5,000 steps at least."""
+    monkeypatch.setattr(P, "image_files", lambda *_, **__: (np.full(images, b"x.png"), ""))
+    args = P.options(["--data", str(tmp_path), *flags.split()])
+    assert want.items() <= vars(args).items()
+    assert args.epochs * images / args.batch_size >= 5000
+    assert (f"{images:,} images" in args.recipe) == ((args.batch_size, args.epochs) != (2048, 300))
 
 
 @pytest.mark.parametrize("task", degrade.TASKS)
@@ -311,7 +326,7 @@ def test_help_tells_the_true_defaults_of_a_tasks_settings(task, folder, capsys):
     said, args = capsys.readouterr().out, P.options(argv)
     shown = dict(re.findall(r"^  --(\w+)((?:.*\n)(?: {4}.*\n)*)", said, re.M))
     assert {name for name in degrade.SETTINGS if name in shown} == {*degrade.task_settings(task)}
-    values = {**vars(args), **args.settings, "task": "zoom_in_mask", "data": "shapes"}
+    values = dict(vars(args), **args.settings, classes=None, task="zoom_in_mask", data="shapes")
     for name, text in shown.items():
         assert f"(default: {values[name]})" in " ".join(text.split()), name
     assert len(said.splitlines()) <= 75
@@ -325,14 +340,13 @@ def test_help_tells_the_true_defaults_of_a_tasks_settings(task, folder, capsys):
     "--batch_size 9 --accum 2 | --batch_size 9",
     "--token_at 7 | --token_at 7", f"{RESNET} --token_at decoder | --token_at decoder",
     "--fill zero --task mask | --fill zero", "--fill token --task a2mim | --fill token",
-    "--fill mean --task simmim | --fill mean",
     # the data and the model
     "--data /nowhere | is no folder", "--data tests | no images below",
     "--data cifar10 --root /nowhere | download", "--decoder 4x10x3 | 4x10x3",
     "--img_size 18 | 18x18", f"{RESNET} --relative_positions | relative",
     # degrade and torch
     "--task blur --blur_kernel 4 | blur kernel 4", "--mask_unit 3 | cells of 3",
-    "--task zoom_out --zoom_fill other --batch_size 3 | not even",
+    "--task zoom_out --zoom_fill other --batch_size 3 | not fours",
     f"{RESNET} --accum 8 | more than 1 value",
 ])
 def test_what_is_refused_gets_one_line_and_exit_code_2(row, refused):
@@ -343,7 +357,8 @@ def test_what_is_refused_gets_one_line_and_exit_code_2(row, refused):
 def test_a_small_run_leaves_all_it_should(run, tmp_path):
     code, said, _ = run("--log_every", 2, "--lr", 0.032, "--accum", 2)
     said, out = " ".join(said.split()), tmp_path / "run"
-    for words in ("recipe BM's on a folder", "24 images", "8 images = 4 x 1 processes x 2",
+    for words in ("recipe BM's, small, batch and epochs for 24 images", ": 24 images",
+                  "8 images = 4 x 1 processes x 2",
                   "= 0.001,", "mask_ratio 0.75", "done: "):
         assert words in said
     pictures = [f"recovered_{step:07d}.png" for step in (2, 4, 6)]
@@ -404,7 +419,7 @@ FIRST = {}  # of each task unchanged: its losses and its parameters
     "mask | --freq_weight 0.5 | decoder None",
     "mask | --norm_target channel | decoder None",
     "zoom_in_mask | --seed 5 | decoder None",
-    "zoom_in_mask | --band_weight 0.5 | decoder None",
+    "zoom_in_mask | --band_weight 0.2 | decoder None",
     "zoom_in_mask | --loss l1 | decoder None",
     "blur | --mask_ratio 0.5 --mask_kind hole | decoder None",
     "distort | --twist 0.1 0.15 | decoder None",

@@ -123,7 +123,7 @@ def test_the_command_for_a_resnet(few_shapes, tmp_path, capsys):
 def test_the_commands_that_show_whether_it_pays(few_shapes, tmp_path, capsys):
     """Probe and fine-tune, from random weights and from the run: each ends with a line of JSON."""
     commands = [c for c in COMMANDS if re.match(r"python (probe|finetune).py", c)
-                and "--eval" not in c]
+                and "--eval" not in c and "photos" not in c]
     assert len(commands) == 4
     weights = small_run(tmp_path / "encoder")
     for i, command in enumerate(commands):
@@ -135,17 +135,33 @@ def test_the_commands_that_show_whether_it_pays(few_shapes, tmp_path, capsys):
 
 
 def test_the_commands_of_the_figures(few_shapes, tmp_path):
-    """On a small run, with fewer images: each leaves its numbers."""
+    """On small runs, with fewer images: each leaves its numbers."""
     commands = [c for c in COMMANDS if c.startswith("python analyze.py")]
     assert [c.split()[2] for c in commands] == list(analyze.NAMES)
     weights = small_run(tmp_path / "encoder")
+    tuned = {name: tmp_path / name for name in ("zoom_in_mask", "none")}
+    for name, out in tuned.items():
+        begin = "none" if name == "none" else weights
+        assert here("python finetune.py --labels 10 --steps 2 --weights", begin, "--out", out) == 0
     few = dict(curves=[], occlusion=["--images", 8, "--repeats", 1],
                interaction=["--images", 1, "--pairs", 2, "--contexts", 2])
     for command in commands:
         name = command.split()[2]
         less = few.get(name, ["--images", 20])
-        assert here(command.replace(FIRST_RUN, weights), *less, "--out", tmp_path / "out") == 0
+        command = re.sub(r"runs/finetune-(zoom_in_mask|none)-\S+", lambda m: str(tuned[m[1]]),
+                         command).replace(FIRST_RUN, weights)
+        assert here(command, *less, "--out", tmp_path / "out") == 0
         assert (tmp_path / "out" / f"{name}.json").exists()
+
+
+def test_the_commands_for_images_of_ones_own(labelled, tmp_path, run, short_fits):
+    """Both measure the run that the first leaves, by its own configuration."""
+    assert run("--task", "mask", "--steps", 1, data=labelled, out=tmp_path / "own")[0] == 0
+    for name, less in ("probe", []), ("finetune", ["--labels", 2, "--steps", 2]):
+        command = the(f"{name}.py --weights runs/mask-vit_micro-photos")
+        command = re.sub(r"runs/\S+", str(tmp_path / "own"), command)
+        assert here(command, *less, "--out", tmp_path / name) == 0
+        assert json.loads((tmp_path / name / "result.json").read_text())["images"] == 13
 
 
 def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
