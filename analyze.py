@@ -296,10 +296,14 @@ FIT = 10000  # images a linear layer is fitted to, at most
 
 
 def labels_of(paths):
-    """A name for each run: its folder's, with a number where that name is taken."""
+    """A name for each run: its folder's, with a number where that name is taken, or cannot be
+    drawn.
+    """
     names = []
     for path in map(Path, paths):
         name = path.parent.name if path.name == "checkpoint.pt" else path.name
+        if max(name) > "\u04ff":
+            name = f"run {len(names) + 1}"
         taken = sum(name == x.rsplit(" #")[0] for x in names)
         names.append(f"{name} #{taken + 1}" if taken else name)
     return names
@@ -457,8 +461,9 @@ def by_depth(found):
 
 
 def stages_of(found):
-    """{depth: the stage that begins there} of the networks that have stages."""
-    return {x: f"stage {i}" for r in found.values() for i, x in enumerate(r["stages"], 1)}
+    """{depth: the stage that begins there} of the first network that has stages."""
+    first = next((r["stages"] for r in found.values() if r["stages"]), [])
+    return {x: f"stage {i}" for i, x in enumerate(first, 1)}
 
 
 def fourier(run, data, rows, process):

@@ -140,8 +140,6 @@ def fill_hidden(images, hidden, p, fill="mean"):
     what is zero after normalisation. "token": the same; the model puts its mask token there.
     # differs from the authors' code: one of its two paths fills the visible patches instead.
     """
-    if fill not in FILLS:
-        raise ValueError(f"unknown fill '{fill}': choose one of {', '.join(FILLS)}")
     C, H, W = images.shape[1:]
     color = images.mean((2, 3), keepdim=True)
     if fill != "mean":
@@ -229,15 +227,15 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
 
 def others_patches(images, p, generator, within):
     """Each p x p patch from another image: (B, C, H, W). It is one of the other three of four
-    neighbours, so that it does not matter how a batch is split, or any if there are not so many.
+    neighbours in the batch, so that it does not matter how that is split, into fours.
     """
     B, _, H, W = images.shape
-    group = B if within is None and B % 4 else 4
-    if B < 2 or B % group:
-        raise ValueError(f"zoom fill 'other' shares the patches of four images, {B} are not fours")
+    if B < 2 or within and B < within[1] and B % 4:
+        raise ValueError(f"zoom fill 'other' takes patches of four images: {B} are not fours")
     u = random_numbers(B, -(-H // p), -(-W // p), generator=generator, within=within)
-    own = torch.arange(B).view(B, 1, 1)
-    which = own // group * group + (own + 1 + (u * (group - 1)).long()) % group  # (B, h, w)
+    own, n = torch.arange(B).view(B, 1, 1), min(B, 4)
+    first = (own // 4 * 4).clamp(max=B - n)
+    which = first + (own - first + 1 + (u * (n - 1)).long()) % n  # (B, h, w)
     which = which.repeat_interleave(p, 1)[:, :H].repeat_interleave(p, 2)[:, :, :W].to(images.device)
     y, x = (torch.arange(n, device=images.device) for n in (H, W))
     return images.movedim(1, 3)[which, y[:, None], x].movedim(3, 1)
@@ -331,9 +329,6 @@ def distort(images, warp="fisheye", twist=(0.20, 0.25), generator=None, within=N
     return fisheye(images, twist, generator, within)
 
 
-BLUR_INITS = {"normal": 0.0, "kaiming": 2 ** 0.5, "xavier": 1.0}  # deviation times k
-
-
 def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None):
     """(d) Each channel convolved with a random k x k kernel, (B, C, H, W). BM 4.1, A.1.
 
@@ -354,9 +349,9 @@ def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None)
     noise = random_numbers(B, C, k, k, generator=generator, within=within, normal=True)
     near = (torch.arange(k) - k // 2).abs() <= (sides[:, None] - 1) / 2  # (B, k): inside
     sides = sides.view(B, 1, 1, 1)
-    kernel = noise * BLUR_INITS[blur_init] / sides
-    if blur_init == "normal":
-        kernel = 1 / sides ** 2 + 0.02 * noise
+    kernel = 1 / sides ** 2 + 0.02 * noise
+    if blur_init != "normal":
+        kernel = noise * dict(kaiming=2 ** 0.5, xavier=1.0)[blur_init] / sides
     kernel = kernel * near[:, None, :, None] * near[:, None, None, :]
     padded = F.pad(images, [k // 2] * 4, mode="replicate").view(1, B * C, H + k - 1, W + k - 1)
     kernel = kernel.view(B * C, 1, k, k).to(images)
@@ -443,7 +438,7 @@ def literal(text):
 SETTINGS = {
     "mask_ratio": (float, "share of the patches that are hidden, in [0, 1)"),
     "mask_unit": (int, "patches a mask cell spans per side; A2's 32 px are 2 patches of 16"),
-    "mask_kind": (tuple(MASKS), "random patches hidden; all hidden but one block; one hole hidden; "
+    "mask_kind": (MASKS, "random patches hidden; all hidden but one block; one hole hidden; "
                   "all hidden but the centre"),
     "fill": (FILLS, "what hidden patches hold, if the encoder keeps them: the mean colour, the "
              "zero of the normalisation, or the mask token"),
@@ -455,7 +450,7 @@ SETTINGS = {
     "warp": (("fisheye", "wave"), "kind of distortion"),
     "twist": (float, "smallest and largest twist of the fisheye"),
     "blur_kernel": (number_or_rand, "side of the blur kernel, odd, or rand"),
-    "blur_init": (tuple(BLUR_INITS), "how its weights are drawn"),
+    "blur_init": (("normal", "kaiming", "xavier"), "how its weights are drawn"),
     "saturation": (float, "what the saturation is multiplied with, 0 .. 1"),
 }
 
@@ -477,7 +472,7 @@ def option(name, default):
     one = default[0] if several else default
     plain = one is not None and not isinstance(one, bool)
     kind, text = SETTINGS.get(name, (type(one) if plain else literal, "a setting of this task"))
-    how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+    how = dict(type=kind) if callable(kind) else dict(choices=kind)
     if isinstance(one, bool):
         how.update(choices=(True, False))
     if several:
@@ -517,6 +512,10 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
     if unknown:
         raise ValueError(f"task {task} has no setting '{unknown[0]}', but {', '.join(values)}")
     values.update((name, value) for name, value in settings.items() if value is not None)
+    for name, value in values.items():
+        kind, _ = SETTINGS.get(name, (str, ""))
+        if not callable(kind) and value not in (None, *kind):
+            raise ValueError(f"{name} '{value}' is not one of {', '.join(kind)}")
     size = pair(size or tuple(view.shape[2:]))
     given = dict(size=size, patch_size=patch_size, generator=generator, within=within)
 
@@ -547,9 +546,10 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
 # --- Pictures ---
 
 def read_image(path):
-    """An image file as RGB, upright (EXIF): (3, H, W) uint8. Of 16 bits the upper 8 are taken.
+    """An image file as RGB, upright (EXIF): (3, H, W) uint8. 16 bits of grey are scaled to 8.
 
-    ValueError where the range of its values is not known: floats, 32 bits, 12 bits in 16.
+    ValueError where the range of its values is not known: floats, 32 bits, 12 bits or fewer in 16.
+    (14 in 16 look like a dark picture, and of 16-bit colours Pillow takes the upper 8.)
     """
     import numpy
     from PIL import Image, ImageOps  # comes with torchvision
@@ -557,7 +557,7 @@ def read_image(path):
         deep = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
         pixels = numpy.array(image) if deep else None
         wide = image.mode in ("F", "I") and not deep
-        if wide or deep and 255 < pixels.max() < 4096:
+        if wide or deep and 0 < pixels.max() < 4096:
             raise ValueError(f"the range of its {image.mode} values is not known: save 8 bits, or "
                              "16 that reach 65535")
         if deep:
@@ -653,7 +653,7 @@ def main(argv=None):
         sheet(columns, list(TASKS), note, side=160).save(args.out)
     except (OSError, ValueError) as error:
         parser.exit(2, f"degrade.py: {error}\n")
-    print(f"wrote {args.out}: {', '.join(TASKS)}")
+    print(f"wrote {ascii(str(args.out))}: {', '.join(TASKS)}")
 
 
 if __name__ == "__main__":

@@ -185,26 +185,34 @@ def open_run(weights, chosen, trains=False):
     recipe = getattr(chosen, "recipe", None) or ("small" if small else usual)
     check(maps or not recipe.startswith("rsb"), f"--recipe {recipe}: {model} is no ResNet")
     defaults = dict(RECIPES[recipe], model=model, data=data, recipe=recipe, root="data",
-                    relative_positions=False, only=None)
+                    relative_positions=False, only=None, fitted=None)
     if maps:
         defaults.update(layer_decay=1.0, pool="mean")
         if recipe == "small":
             defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
-    taken = ["root", "only", "relative_positions", "img_size", "patch_size", "pool"]
+    taken = ["root", "relative_positions", "img_size", "patch_size", "pool"]
     if not trains:
         taken += ["test_size", "test_crop", "labels", "seed"]
-    elif maps and not small:
-        taken = ["root", "only"]  # a ResNet's size is the recipe's
+    elif maps and recipe != "small":
+        taken = ["root"]  # a ResNet's size is the recipe's
+    if data == run.get("data"):
+        taken.append("only")
     defaults.update((name, run[name]) for name in taken if name in run)
     if trains and folder:
-        only = tuple(chosen.only or defaults["only"] or ())
-        files, _ = pretrain.image_files(pretrain.inner(data, "train"), True, only)
-        classes = len({name.split(b"/")[0] for name in files})
-        images = chosen.labels * classes if chosen.labels else len(files)
-        defaults = pretrain.for_size(defaults, images)
+        defaults = for_labels(defaults, chosen)
     return held, run, defaults
+
+
+def for_labels(defaults, chosen):
+    """The recipe for as many labelled images as are trained on."""
+    only = tuple(chosen.only or defaults["only"] or ())
+    files, _ = pretrain.image_files(pretrain.inner(defaults["data"], "train"), True, only)
+    images = len(files)
+    if chosen.labels:
+        images = chosen.labels * len({name.split(b"/")[0] for name in files})
+    return pretrain.for_size(defaults, images, chosen.batch_size)
 
 
 def encoder_options(o):
@@ -230,6 +238,7 @@ def options(argv=None):
     first_options(first.add_argument)
     first.add_argument("--recipe", choices=RECIPES, help="default: small for small sets, models "
                        "and sizes, rsb_a3 for a ResNet, deit for a run of A2's, bm for any other")
+    pretrain.batch_option(first.add_argument)
     first.add_argument("--eval", action="store_true", help="only measure --weights")
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)

@@ -648,11 +648,15 @@ def read_weights(path):
                          "trust it, load it and save its state dict")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
+    config = state.get("config")
+    if not isinstance(config, dict) or not {"model", "img_size", "patch_size"} <= {*config}:
+        state.pop("config", None)  # it is not ours
     return state
 
 
 def tensors(state):
-    """What a file holds -> its weights {name: tensor}, and the prefix taken off their names.
+    """What a file holds -> its weights {name: tensor}, the prefix taken off their names, and the
+    names that are left.
 
     Of several networks under prefixes it is the first. Of several dicts of weights it is "model" or
     "state_dict".
@@ -664,7 +668,7 @@ def tensors(state):
         if key not in ("model", "state_dict") and len(within) > 1:
             raise ValueError(f"several dicts of weights, {', '.join(map(repr, within))}: load the "
                              "file, and save the one you want alone")
-        state = within[key]
+        state = within.pop(key)
     found = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
@@ -674,7 +678,8 @@ def tensors(state):
     ends = [name.removesuffix(first) for name in found for first in firsts
             if f".{name}".endswith(f".{first}")]
     prefix = max(ends, key=lambda end: sum(n.startswith(end) for n in found), default="")
-    return {n.removeprefix(prefix): x for n, x in found.items() if n.startswith(prefix)}, prefix
+    taken = {n.removeprefix(prefix): x for n, x in found.items() if n.startswith(prefix)}
+    return taken, prefix, [*within, *(n for n in found if not n.startswith(prefix))]
 
 
 # Names that tell what a file is of, where there is no such model here.
@@ -683,9 +688,8 @@ OTHERS = {
     "register_tokens": "a ViT with registers", "blocks.0.gamma_1": "BEiT",
     "blocks.0.ls1.gamma": "a ViT with layer scale, such as DINOv2", "norm_pre.weight": "CLIP",
     "class_token": "torchvision's ViT: timm has one under our names",
-    "vit.embeddings.cls_token": "Hugging Face's ViTMAE: timm's vit_base_patch16_224.mae and the "
-                                "official MAE file have our names",
-    "embeddings.cls_token": "Hugging Face's ViT: timm has it under our names",
+    "embeddings.cls_token": "Hugging Face's ViT: timm has them under our names, ViTMAE as "
+                            "vit_base_patch16_224.mae",
     "fc_norm.weight": "a ViT with a norm after pooling",
     "patch_embed.proj.0.weight": "a ViT with a stem of convolutions",
     "conv1.0.weight": "a ResNet with a deep stem",
@@ -749,12 +753,13 @@ def load_weights(model, source, head=True):
     (head False: any). What recovers the image is left out if the weights do it in another way.
     """
     state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
-    weights, prefix = tensors(state)
+    weights, prefix, left = tensors(state)
     own = model.state_dict()
     names = list(weights)
     resized = []
-    for name in [name for name in OTHERS if name in weights and name not in own]:
-        raise ValueError(f"these weights are of {OTHERS[name]}. There is no such model here")
+    for sign in [x for x in OTHERS if x not in own]:
+        if any(f".{name}".endswith(f".{sign}") for name in names + left):
+            raise ValueError(f"these weights are of {OTHERS[sign]}. There is no such model here")
     if f"{model.first}.weight" not in weights:
         raise ValueError("none of the backbone is in these weights: they have "
                          f"{', '.join(names[:4])} ..., the model {', '.join(list(own)[:4])} ...")
@@ -789,7 +794,8 @@ def load_weights(model, source, head=True):
         raise ValueError(f"the weights are not the model's: {', '.join(text)}: choose the --model, "
                          "--decoder and --relative_positions they were made with")
     model.load_state_dict(weights, strict=False)
-    return Loaded(list(weights), absent, [n for n in names if n not in weights], resized, prefix)
+    left += [n for n in names if n not in weights]
+    return Loaded(list(weights), absent, left, resized, prefix)
 
 
 def load_encoder(run, **given):
@@ -798,7 +804,7 @@ def load_encoder(run, **given):
     """
     state = read_weights(run)
     c = {"pool": "cls", **(state.get("config") or {}), **given}
-    weights, _ = tensors(state)
+    weights = tensors(state)[0]
     if not {"model", "img_size", "patch_size"} <= {*c}:
         raise ValueError(f"{run} is of no run: give model=, img_size= and patch_size=")
     first = weights.get(f"{MODELS[c['model']].family.first}.weight")
@@ -828,7 +834,7 @@ def main(argv=None):
         os.replace(f"{out}.part", out)  # whole or not at all
     except (ValueError, OSError, RuntimeError) as error:
         p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")
-    print(f"wrote {out}")
+    print("wrote", ascii(out))
 
 
 if __name__ == "__main__":

@@ -184,12 +184,13 @@ def kind_of(data):
 
 
 def recipe(chosen):
-    """The defaults for what is read first: the paper's on a folder of images, small ones elsewhere.
+    """The defaults for what is read first: the paper's on a folder of images, fitted to their
+    number. Small ones for what is small.
     """
     data, model, kind = chosen.data, chosen.model, kind_of(chosen.data)
     paper = degrade.TASKS[chosen.task].paper
     maps = model is not None and not models.MODELS[model].family.tokens
-    defaults = dict(PAPERS[paper], recipe=f"{paper}'s")
+    defaults = dict(PAPERS[paper], recipe=f"{paper}'s", fitted=None)
     if paper == "A2" and maps:
         defaults.update(lr=1.5e-4, clip=0.0)
     elif paper == "A2" and model in (None, "vit_base"):
@@ -203,8 +204,8 @@ def recipe(chosen):
             defaults["crop"] = [0.5, 1.0]
     defaults["model"] = model or defaults["model"]
     if kind == "folder":
-        files, _ = image_files(inner(data, "train"), only=tuple(chosen.only or ()))
-        defaults = for_size(defaults, len(files))
+        files, _ = image_files(inner(data, "train"), False, tuple(chosen.only or ()))
+        defaults = for_size(defaults, len(files), chosen.batch_size)
     return defaults
 
 
@@ -213,16 +214,16 @@ def is_small(data, model, img_size):
     return kind_of(data) != "folder" or model == SMALL["model"] or max(img_size or [96]) < 96
 
 
-def for_size(defaults, images):
+def for_size(defaults, images, batch=None):
     """The recipe for so many images: a batch of at most a 32nd of them, a power of two from 64 on,
-    and 5,000 steps or more. ImageNet gets the paper's.
+    and 5,000 steps or more. ImageNet gets the paper's. batch: that of the command line.
     """
-    batch = min(defaults["batch_size"], max(64, 2 ** int(math.log2(max(1, images / 32)))))
+    usual = max(64, 2 ** int(math.log2(max(1, images / 32))))
+    batch = batch or min(defaults["batch_size"], usual)
     epochs = max(defaults["epochs"], math.ceil(5000 * batch / images))
-    name = defaults["recipe"]
-    if (batch, epochs) != (defaults["batch_size"], defaults["epochs"]):
-        name += f", batch and epochs for {images:,} images"
-    return dict(defaults, batch_size=batch, epochs=epochs, recipe=name)
+    fitted = (batch, epochs) != (defaults["batch_size"], defaults["epochs"])
+    return dict(defaults, batch_size=batch, epochs=epochs,
+                fitted=f"fitted to {images:,} images" if fitted else None)
 
 
 # --- Options ---
@@ -262,8 +263,10 @@ def share(text):
 
 
 def file_of_names(path):
-    check(os.path.isfile(path))
-    return [name for name in Path(path).read_text().splitlines() if name]
+    names = Path(path).read_text().split("\n") if os.path.isfile(path) else []
+    names = [name.strip() for name in names if name.strip()]
+    check(names)
+    return names
 
 
 def first_options(o):
@@ -273,12 +276,15 @@ def first_options(o):
       "folders alone, one a line")
 
 
+def batch_option(o):
+    o("--batch_size", type=positive_int, help="images per step, over all processes")
+
+
 def training_options(o):
     """What every training has. The recipe gives the defaults."""
     o("--epochs", type=positive, help="passes over the data")
     o("--steps", type=positive_int, help="a whole run of so many steps, instead of --epochs")
     o("--warmup", type=not_negative, help="epochs of it; None: the recipe's share of the run")
-    o("--batch_size", type=positive_int, help="images per step, over all processes")
     o("--accum", type=positive_int, help="micro-batches a process makes of its share of a batch; "
       "None: as few as fit")
     o("--lr", type=positive, help="per 256 images of the batch")
@@ -316,6 +322,7 @@ def options(argv=None):
     first.add_argument("--model", choices=models.MODELS, metavar="MODEL",
                        help=", ".join(models.MODELS))
     first_options(first.add_argument)
+    batch_option(first.add_argument)
     chosen, _ = first.parse_known_args(argv)
     row = degrade.TASKS[chosen.task]
     defaults = recipe(chosen)
@@ -429,12 +436,13 @@ def describe(args, process, data, start):
     config = {k: v for k, v in config_of(args).items() if v not in (None, False)}
     config.update(config.pop("settings", {}), **provenance())
     config = ", ".join(f"{k} {v}" for k, v in config.items() if k != "classes")
-    return (f"{args.model} on {args.data} by the recipe {args.recipe}: {data.found}\n"
+    recipe = f"{args.recipe}, {args.fitted}" if args.fitted else args.recipe
+    return (f"{args.model} on {args.data} by the recipe {recipe}: {data.found}\n"
             f"{args.total} steps of {args.batch_size} images = {args.micro_batch} x "
             f"{process.world} processes x {args.accum}, learning rate {args.lr:g} x "
             f"{args.batch_size} / 256 = {args.peak_lr:.3g}, {args.warmup_steps} steps of warm-up, "
             f"from step {start}\n" + textwrap.fill(config, 100)
-            + "\nonly so many steps: little is learnt" * (args.total < 300))
+            + f"\nonly {args.total} steps: little is learnt" * (args.total < 300))
 
 
 # --- Processes, precision, schedule ---
@@ -473,7 +481,8 @@ def set_up(device):
         check(here <= gpus, f"--device cuda: {here} processes on a machine with {gpus} GPUs")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    if world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1" and (  # torchrun sets it to 1
+            world > 1 or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(max(1, cores() // here))
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # keep freed memory: asking for it again takes a tenth of a step
@@ -697,16 +706,26 @@ class MemorySet:
 
 
 def inner(data, split):
-    """A folder's own folder for a split, or all of it: where `train` is one class of many too."""
+    """A folder's own folder for a split, or all of it. `train` without `val` is a class, if a
+    folder beside it holds images.
+    """
     folder = os.path.join(data, split)
-    others = {name for name in os.listdir(data) if name not in ("train", "val", "test")}
-    classes = any(name.lower().endswith(IMG_FILES) for other in others
-                  if os.path.isdir(os.path.join(data, other))
-                  for name in os.listdir(os.path.join(data, other)))
-    return folder if os.path.isdir(folder) and not classes else data
+    if os.path.isdir(os.path.join(data, "val")):
+        return folder if os.path.isdir(folder) else data
+    for where, folders, names in os.walk(data, onerror=unreadable):
+        beside = where != data and any(name.lower().endswith(IMG_FILES) for name in names)
+        if beside or not os.path.isdir(folder):
+            return data
+        folders[:] = [] if where != data else [
+            name for name in folders if not is_hidden(name) and name not in ("train", "test")]
+    return folder
 
 
 IMG_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
+
+
+def is_hidden(name):
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
 def unreadable(error):
@@ -721,8 +740,7 @@ def image_files(folder, labelled=False, only=()):
     """
     found, seen, passed, others, absent = [], set(), 0, 0, set()
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        hidden = {name for name in folders + names
-                  if name.startswith(".") or name in ("__MACOSX", "@eaDir")}
+        hidden = {name for name in folders + names if is_hidden(name)}
         folders[:] = sorted(set(folders) - hidden)
         inside = os.path.relpath(where, folder)
         if only and inside == ".":
@@ -736,11 +754,11 @@ def image_files(folder, labelled=False, only=()):
         images = {name for name in set(names) - hidden if name.lower().endswith(IMG_FILES)}
         others += len(set(names) - hidden - images)
         found += [os.fsencode(os.path.normpath(os.path.join(inside, name))) for name in images]
-    check(found, f"no images below {folder}, {others} files of other kinds: looked for "
-          f"{' '.join(IMG_FILES)}")
+    check(found, f"no images below {folder}{' in the folders of --classes' * bool(only)}, {others} "
+          f"files of other kinds: looked for {' '.join(IMG_FILES)}")
     left = [f"{passed:,} hidden or system names passed over"] * bool(passed)
     left += [f"{others:,} files of other kinds left out"] * bool(others)
-    left += [f"{len(absent):,} of --classes not there"] * bool(absent)
+    left += [f"of --classes are not there: {', '.join(sorted(absent)[:5])}"] * bool(absent)
     return np.array(sorted(found)), ", ".join(left)  # one block, not a million objects
 
 
@@ -779,6 +797,7 @@ class FolderSet(Dataset):
         """The set of these rows alone."""
         less = copy.copy(self)
         less.names, less.labels = self.names[rows.numpy()], self.labels[rows]
+        less.found = f"{len(rows):,} of {self.found}"
         return less
 
     def __getitem__(self, item):
@@ -852,11 +871,14 @@ def load_data(args, process, split="train", labelled=False, classes=None):
         images, labels, classes = torchvision_set(args, process, train, labelled)
         return MemorySet(images.to(process.device), labels, classes, f"{args.data} {split}")
 
-    folder = inner(args.data, split)
+    folder, only = inner(args.data, split), args.only
+    if not train and not labelled:  # to look at
+        folder = inner(args.data, "train") if folder == args.data else folder
+        only = [name for name in only or () if os.path.isdir(os.path.join(folder, name))]
     check(folder != args.data or not labelled,
           f"there is no {args.data}/{split}: labelled images are {args.data}/train/<class>/... and "
           f"{args.data}/val/<class>/...")
-    data = FolderSet(folder, labelled, classes, args.only)
+    data = FolderSet(folder, labelled, classes, only)
     copies = gather(data.contents, process)
     check(len(set(copies)) == 1, f"processes see other images in {folder}, by count and names: "
           + ", ".join(f"rank {rank} {contents}" for rank, contents in enumerate(copies)))
@@ -1014,7 +1036,8 @@ def write_config(args):
 # What may differ between a checkpoint and the command that goes on. The path of the data may, the
 # images not: their names are compared, as `contents`.
 MAY_CHANGE = ("out", "resume", "origin", "device", "workers", "amp", "micro_batch", "accum",
-              "at_once", "save_every", "log_every", "compile", "download", "root", "data")
+              "at_once", "save_every", "log_every", "compile", "download", "root", "data",
+              "fitted")
 
 
 def begin(args, process, state):
@@ -1149,10 +1172,10 @@ def leave(received, process):
 
 # What torch says, and what to do about it.
 WAYS_OUT = {
-    "out of memory": "raise --accum, or lower --batch_size",
-    "not enough memory": "raise --accum, or lower --batch_size",
+    "out of memory": "raise --accum, or lower --batch_size or --img_size",
+    "not enough memory": "raise --accum, or lower --batch_size or --img_size",
     "shared memory": "/dev/shm is too small for the loaders: --workers 0, or docker's --shm-size",
-    "compiler": "leave out --compile",
+    "C++ compiler": "leave out --compile",
 }
 
 

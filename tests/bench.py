@@ -196,7 +196,7 @@ def finetune_():
                              args.layer_decay)
         compare(f"fine-tuning: {label}", step, "frozen features / step", features, 7)
     picture = torch.zeros(3, 224, 224, dtype=torch.uint8)
-    found = clock(lambda: [finetune.rand_augment(picture, pretrain.seeded(i), 9, 0.5)
+    found = clock(lambda: [finetune.augmented(picture, pretrain.seeded(i), 9, 0.5, 0)
                            for i in range(20)], 5)
     report_speed("RandAugment at 224, one image at a time", 20, found)
 

@@ -241,7 +241,7 @@ def test_maps_of_runs_each_at_its_own_size(do, made, labelled, name, look):
             assert np.allclose(error, z.std(0) / 13 ** 0.5, rtol=1e-3, atol=1e-6)
     assert len(found["none"]["mean"]) == 12  # random weights, like the first run
     assert found["zoom"]["stages"] == []  # it has one
-    assert found["resnet"]["stages"] == approx([0.25, 0.45, 0.65, 0.85])  # of ten maps two are first
+    assert found["resnet"]["stages"] == approx([0.25, 0.45, 0.65, 0.85])  # after 2, 4, 6, 8 of 10
 
 
 def test_occlusion(do, made, short_fits):

@@ -33,7 +33,8 @@ def labelled(folder, classes=("cat", "dog"), without=()):
 
 
 @pytest.mark.parametrize("dtype, top, right", [
-    (np.uint16, 65535, True), (np.uint16, 4095, False), (np.float32, 1, False),
+    (np.uint16, 65535, True), (np.uint16, 4095, False), (np.uint16, 255, False),
+    (np.float32, 1, False),
     (np.int32, 255, False)])
 def test_a_picture_is_read_at_its_range_or_refused(dtype, top, right, tmp_path):
     """16 bits are scaled; of floats, 32 bits and 12 in 16 the range is not known."""
@@ -62,6 +63,14 @@ def test_a_class_called_train_is_no_split(run, tmp_path):
     assert "12 images" in run("--steps", 1, data=tmp_path / "data")[1]
     labelled(tmp_path / "split")
     assert "8 images" in run("--steps", 1, data=tmp_path / "split", out=tmp_path / "b")[1]
+
+
+def test_what_lies_beside_train_and_val_is_no_data(run, tmp_path):
+    """Neither a hidden folder nor one of samples, with val there. Without, samples are a class."""
+    labelled(tmp_path / "data")
+    pictures(tmp_path / "data/.ipynb_checkpoints")
+    pictures(tmp_path / "data/samples")
+    assert ": 8 images" in run("--steps", 1, data=tmp_path / "data")[1]
 
 
 def test_a_path_stays_a_path(of, run, tmp_path, monkeypatch):
@@ -106,12 +115,28 @@ def test_classes_of_a_list_alone(of, run, tmp_path):
     (tmp_path / "some.txt").write_text("sea cow\ncat\nyeti\n")
     some = ["--classes", tmp_path / "some.txt"]
     code, said, _ = run("--steps", 1, *some, data=tmp_path / "data", out=tmp_path / "r")
-    assert code == 0 and "8 images" in said and "(1 of --classes not there)" in said
+    assert code == 0 and "8 images" in said and "(of --classes are not there: yeti)" in said
     code, said, _ = of(probe, "--weights", tmp_path / "r", data=tmp_path / "data")
     assert code == 0 and "of 2 classes" in said and '"images": 8' in said
     assert of(finetune, *some, data=tmp_path / "data", out=tmp_path / "f")[0] == 0
     assert models.read_weights(tmp_path / "f")["config"]["classes"] == ["cat", "sea cow"]
+    labelled(tmp_path / "other", ("a", "b"))  # the list is of the run's own data
+    for name in ("data", "other"):
+        out = tmp_path / f"fine-{name}"
+        assert of(finetune, "--weights", tmp_path / "r", data=tmp_path / name, out=out)[0] == 0
+    pictures(tmp_path / "bare/cat")  # there is no val
+    assert run("--steps", 1, *some, data=tmp_path / "bare", out=tmp_path / "b")[0] == 0
     assert run("--classes", "nowhere", out=tmp_path / "s")[0] == 2
+
+
+def test_weights_of_another_program(tmp_path, of):
+    """Their `config` is not ours. Of two networks one is taken, and the other's names are said."""
+    own = models.encoder("vit_micro", 16, 4).state_dict()
+    file = {f"{part}.{n}": x for part in ("student", "teacher") for n, x in own.items()}
+    torch.save({"model": file, "config": "a.yaml", "model_ema": own}, tmp_path / "w.pth")
+    labelled(tmp_path / "data")
+    code, said, _ = of(probe, "--weights", tmp_path / "w.pth", data=tmp_path / "data")
+    assert code == 0 and "79 (model_ema, teacher.cls_token," in said, said
 
 
 def test_other_copies_of_the_data_are_refused(tmp_path):
@@ -154,7 +179,7 @@ def test_a_small_shared_memory_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize("name, what", [
     ("dist_token", "distilled"), ("blocks.0.ls1.gamma", "DINOv2"), ("blocks.0.gamma_1", "BEiT"),
     ("register_tokens", "registers"), ("class_token", "torchvision"), ("fc_norm.weight", "pooling"),
-    ("vit.embeddings.cls_token", "Hugging Face's ViTMAE: timm's vit_base_patch16_224.mae")])
+    ("module.patch_embed.proj.0.weight", "stem"), ("vit.embeddings.cls_token", "Hugging Face")])
 def test_files_of_other_models_are_named(name, what):
     model = models.encoder("vit_micro", 32, 4)
     with pytest.raises(ValueError, match=what):

@@ -305,6 +305,7 @@ def test_recipes(argv, paper, more, tmp_path, imagenet):
 
 @pytest.mark.parametrize("flags, images, want", [
     ("", 360, dict(batch_size=64, epochs=889)), ("", 6080, dict(batch_size=128, epochs=300)),
+    ("--batch_size 512", 6080, dict(batch_size=512, epochs=422)),
     ("", 126689, dict(batch_size=2048, epochs=300)), ("--task a2mim", 50000, dict(batch_size=1024)),
     ("--model vit_micro", 6080, dict(lr=1.5e-3, crop=[0.5, 1], img_size=[224], batch_size=128)),
     ("--img_size 64 96", 6080, dict(lr=1.5e-4, crop=[0.2, 1])),
@@ -315,7 +316,8 @@ def test_the_recipe_follows_the_number_of_images(flags, images, want, tmp_path, 
     args = P.options(["--data", str(tmp_path), *flags.split()])
     assert want.items() <= vars(args).items()
     assert args.epochs * images / args.batch_size >= 5000
-    assert (f"{images:,} images" in args.recipe) == ((args.batch_size, args.epochs) != (2048, 300))
+    as_paper = (args.batch_size, args.epochs) == (2048, 300)
+    assert args.fitted == (None if as_paper else f"fitted to {images:,} images")
 
 
 @pytest.mark.parametrize("task", degrade.TASKS)
@@ -357,7 +359,7 @@ def test_what_is_refused_gets_one_line_and_exit_code_2(row, refused):
 def test_a_small_run_leaves_all_it_should(run, tmp_path):
     code, said, _ = run("--log_every", 2, "--lr", 0.032, "--accum", 2)
     said, out = " ".join(said.split()), tmp_path / "run"
-    for words in ("recipe BM's, small, batch and epochs for 24 images", ": 24 images",
+    for words in ("recipe BM's, small, fitted to 24 images", ": 24 images",
                   "8 images = 4 x 1 processes x 2",
                   "= 0.001,", "mask_ratio 0.75", "done: "):
         assert words in said
