@@ -629,16 +629,14 @@ RECOVERY = ("decoder", "mask_token")  # names of what only recovers the image: n
 def read_weights(path):
     """A file of tensors and plain values, or that of a run's folder, as a dict."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else os.fspath(path)
-    if path.endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path}: pip install safetensors, to read it")
     try:
         if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's files hold options
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path}: pip install safetensors, to read it")
     except FileNotFoundError:
         raise ValueError(f"no weights at {path}")
     except Exception as error:  # unpickling fails in as many ways as there are files

@@ -481,8 +481,8 @@ def set_up(device):
         check(here <= gpus, f"--device cuda: {here} processes on a machine with {gpus} GPUs")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1" and (  # torchrun sets it to 1
-            world > 1 or "OMP_NUM_THREADS" not in os.environ):
+    given = os.environ.get("OMP_NUM_THREADS")
+    if not given or given == "1" and world > 1:  # torchrun sets it to 1
         torch.set_num_threads(max(1, cores() // here))
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # keep freed memory: asking for it again takes a tenth of a step
@@ -709,16 +709,13 @@ def inner(data, split):
     """A folder's own folder for a split, or all of it. `train` without `val` is a class, if a
     folder beside it holds images.
     """
-    folder = os.path.join(data, split)
-    if os.path.isdir(os.path.join(data, "val")):
-        return folder if os.path.isdir(folder) else data
-    for where, folders, names in os.walk(data, onerror=unreadable):
-        beside = where != data and any(name.lower().endswith(IMG_FILES) for name in names)
-        if beside or not os.path.isdir(folder):
-            return data
-        folders[:] = [] if where != data else [
-            name for name in folders if not is_hidden(name) and name not in ("train", "test")]
-    return folder
+    folder, beside = os.path.join(data, split), []
+    if os.path.isdir(folder) and not os.path.isdir(os.path.join(data, "val")):
+        beside = next(os.walk(data, onerror=unreadable))[1]
+        beside = [name for name in beside if not is_hidden(name) and name not in ("train", "test")]
+    images = any(name.lower().endswith(IMG_FILES) for other in beside
+                 for name in next(os.walk(os.path.join(data, other), onerror=unreadable))[2])
+    return folder if os.path.isdir(folder) and not images else data
 
 
 IMG_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
