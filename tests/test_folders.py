@@ -1,4 +1,5 @@
 """What real folders hold: each case is read right, or one line says what is wrong."""
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import script, together, TINY
+from conftest import together, TINY
 
 
 def pictures(folder, count=4, mode="RGB", name="{}.png"):
@@ -151,14 +152,13 @@ def test_other_copies_of_the_data_are_refused(tmp_path):
     assert codes == [2, 2] and "rank 0 4 " in said and "rank 1 5 " in said
 
 
-def test_names_that_stdout_cannot_encode(tmp_path):
+def test_names_that_stdout_cannot_encode(run, tmp_path, monkeypatch):
     """They are printed with escapes."""
     pictures(tmp_path / "donn\u00e9es")
-    where = ["--data", tmp_path / "donn\u00e9es", "--out", tmp_path / "run"]
-    job = script(*TINY, "--steps", 1, *where,
-                 env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    said, _ = job.communicate(timeout=100)
-    assert job.returncode == 0 and "donn\\xe9es" in said
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii", write_through=True))
+    assert run("--steps", 1, data=tmp_path / "donn\u00e9es")[0] == 0
+    assert b"donn\\xe9es" in said.getvalue()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or subprocess.run(

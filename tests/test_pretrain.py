@@ -348,7 +348,7 @@ def test_help_tells_the_true_defaults_of_a_tasks_settings(task, folder, capsys):
     "--img_size 18 | 18x18", f"{RESNET} --relative_positions | relative",
     # degrade and torch
     "--task blur --blur_kernel 4 | blur kernel 4", "--mask_unit 3 | cells of 3",
-    "--task zoom_out --zoom_fill other --batch_size 3 | not fours",
+    "--task zoom_out --zoom_fill other --batch_size 6 --accum 2 | not fours",
     f"{RESNET} --accum 8 | more than 1 value",
 ])
 def test_what_is_refused_gets_one_line_and_exit_code_2(row, refused):
@@ -782,6 +782,7 @@ def test_what_torch_cannot_do_gets_a_way_out(refused, monkeypatch):
     assert "--accum" in refused(code=1)
 
 
+@pytest.mark.slow
 def test_an_accident_in_a_loader_ends_the_run_too(folder, tmp_path):
     """No process is left, though loaders ignore SIGTERM."""
     wrong = "import pretrain\npretrain.crop_boxes = lambda *_: int('an edited line')"

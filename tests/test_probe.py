@@ -171,7 +171,7 @@ def test_labels_are_so_many_of_each_class(of, monkeypatch, short_fits, tmp_path)
 
 def test_a_resnet_is_probed_at_the_size_it_was_measured_at(tmp_path):
     for more, size in (({}, [96, 96]), (dict(test_size=128), [128, 128])):
-        config = dict(model="resnet18", img_size=[96, 96], data=str(tmp_path), **more)
+        config = dict(more, model="resnet18", img_size=[96, 96], patch_size=16, data=str(tmp_path))
         torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
         args, _ = probe.options(["--weights", str(tmp_path)])
         assert (args.model, args.img_size) == ("resnet18", size)
