@@ -641,6 +641,7 @@ def curve(run, *_):
 
     log, config = read(run.weights)
     check(any("loss" in line for line in log), f"{run.weights}: its log has no loss yet")
+    log = [dict(x, top1=x["miou"]) if "miou" in x else x for x in log]  # of --head segment
     r = {k: [[x["epoch"], x[k]] for x in log if k in x] for k in ("loss", "top1")}
     r.update(last_loss=r["loss"][-1][1], task=config.get("task"), began_with=config["weights"])
     if r["top1"]:
@@ -660,9 +661,10 @@ def curve_panels(found):
             paid.setdefault(r["pretraining"], []).append((r["pretraining_epochs"], r["last_top1"]))
     last = [(task, *zip(*sorted(points)), None) for task, points in paid.items()]
     panels = [dict(title="Training loss", x="epochs", y="loss, each task's own", lines=of["loss"]),
-              dict(title="While fine-tuning", x="epochs", y="top-1 accuracy, %", lines=of["top1"]),
+              dict(title="While fine-tuning", x="epochs", y="top-1 accuracy or mean IoU, %",
+                  lines=of["top1"]),
               dict(title="What pre-training pays", x="epochs of pre-training",
-                   y="top-1 after fine-tuning, %", lines=last)]
+                   y="top-1 or mean IoU after fine-tuning, %", lines=last)]
     return [panel for panel in panels if panel["lines"]]
 
 

@@ -4,15 +4,20 @@
     python finetune.py --weights none --labels 100                      random weights, to compare
     torchrun --nproc_per_node=8 finetune.py --weights RUN --data /path/to/imagenet
     python finetune.py --weights FINE_TUNED_RUN --eval                  only measure
+    python finetune.py --weights RUN --head segment                     a class for every pixel
+    torchrun --nproc_per_node=8 finetune.py --weights RUN --head segment --data /path/to/ade20k
 
 --weights is a folder that pretrain.py left (model, sizes and data are then that run's), a file with
 timm's, MAE's or torchvision's names, or none. Images are DIR/train/<class>/... and
-DIR/val/<class>/..., or a set by name. BM section 4.2; A2 sections 5.2, A.1, Table A2.
+DIR/val/<class>/..., or a set by name; for --head segment the built-in `scenes`, ten minutes on two
+cores, or a folder like ADE20K's. BM sections 4.2, 4.4; A2 sections 5.2, 5.3, A.1, A.3, Table A2.
 
-The last line is JSON, also saved as result.json: top-1 and top-5 in %, and the images measured.
+The last line is JSON, also saved as result.json: top-1 and top-5, or mean IoU and pixel accuracy,
+in %, and the images measured.
 """
 import functools
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -21,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -39,22 +45,16 @@ def main(argv=None):
     args, weights, run = options(argv)
     process = pretrain.set_up(args.device)
     device, on_first, amp = process.device, process.rank == 0, precision(args, process.device)
-    data, val = labelled_data(args, process, not args.eval, run.get("classes"))
+    if args.head == "segment":
+        data, val = pixel_data(args, process)
+    else:
+        data, val = labelled_data(args, process, not args.eval, run.get("classes"))
     settle(args, process, data)
+    evaluate = MEASURES[args.head]
 
-    # the encoder with a fresh head, which starts near 0 for a ViT as MAE's; --eval keeps its head
+    # the encoder with a fresh head; --eval keeps its head
     torch.manual_seed(args.seed)
-    model = models.encoder(args.model, args.img_size, args.patch_size, data.channels,
-                           len(data.classes), args.relative_positions, args.pool)
-    if model.tokens:
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        model.pos_embed.requires_grad_(True)  # differs from the authors' code: BM's are constants
-    if weights is not None:
-        loaded = models.load_weights(model, weights, head=args.eval)
-        check(not (args.eval and loaded.missing), f"--eval: {args.weights} has no classifier of "
-              f"{len(data.classes)} classes: give a fine-tuned run, and the --data it was made for")
-        if on_first:
-            print(loaded)
+    model = with_head(args, weights, data, on_first)
     model = models.to_device(model, device)
     if args.eval:
         return report(args, process, evaluate(model, val, args, process, amp))
@@ -80,7 +80,7 @@ def main(argv=None):
     clock, timed, waited = time.perf_counter(), 0, 0.0
     for step in range(start, args.total):
         # the learning rate
-        lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr)
+        lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr, args.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
@@ -88,19 +88,21 @@ def main(argv=None):
         loss = 0.0
         for a, row in enumerate(first_rows):
             asked = time.perf_counter()
-            view, labels = next(views)  # (k, C, H, W) in [0, 1], (k,)
+            view, labels = next(views)  # (k, C, H, W) in [0, 1], (k,) or (k, H, W)
             waited += time.perf_counter() - asked
-            targets, drop = F.one_hot(labels, len(data.classes)).float(), None  # (k, classes)
+            drop = None
             if args.drop_path:
                 drop = models.drop_path(len(view), model.branches, args.drop_path,
                                         seeded(args.seed, DROP, step),
                                         (row, args.batch_size)).to(device)
-            view, targets = mix(view, targets, args.mixup, args.cutmix,
-                                np.random.default_rng((args.seed, MIX, step)))
+            if args.head == "classify":
+                labels = F.one_hot(labels, len(data.classes)).float()  # (k, classes)
+                view, labels = mix(view, labels, args.mixup, args.cutmix,
+                                   np.random.default_rng((args.seed, MIX, step)))
             with net.no_sync() if process.world > 1 and a < args.accum - 1 else nullcontext():
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     scores = net(view, drop)
-                micro_loss = class_loss(scores, targets, args.loss, args.smoothing) / args.accum
+                micro_loss = LOSSES[args.head](scores, labels, args) / args.accum
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
         scaler.unscale_(optimizer)
@@ -138,6 +140,8 @@ def main(argv=None):
             return pretrain.leave(received, process)
     bar.close()
     report(args, process, result or evaluate(model, val, args, process, amp))
+    if args.head == "segment":
+        pretrain.on_rank_0(lambda: pixel_sheet(model, val, args, device, amp), process)
 
 
 # --- Recipes and options ---
@@ -149,11 +153,22 @@ DEIT = dict(img_size=[224], patch_size=16, epochs=100, warmup_share=0.05, batch_
             at_once=64, optimizer="adamw", lr=2.5e-4, weight_decay=0.05, betas=[0.9, 0.999],
             clip=5.0, crop=[0.08, 1.0], layer_decay=0.65, drop_path=0.1, smoothing=0.1,
             rand_augment=[9, 0.5], random_erasing=0.0, mixup=0.8, cutmix=1.0, loss="ce",
-            pool="mean", test_size=0, test_crop=0.875)
+            pool="mean", test_size=0, test_crop=0.875, schedule="cosine")
 RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, weight_decay=0.02,
               clip=0.0, layer_decay=1.0, drop_path=0.0, smoothing=0.0, rand_augment=[6, 0.5],
               mixup=0.1, loss="bce", test_size=224, test_crop=0.95)
+PIXELS = dict(DEIT, img_size=[512], batch_size=16, at_once=16, clip=0.0, crop=[0.5, 2.0],
+              smoothing=0.0, rand_augment=[0, 0], mixup=0.0, cutmix=0.0, schedule="linear",
+              width=512, auxiliary=0.4, num_classes=150)
 RECIPES = {
+    # BM 4.4, A2 A.3 and its code, ADE20K; lr is absolute at 16 images. 1,500 steps of warm-up.
+    "ade_bm": dict(PIXELS, epochs=160000 * 16 / 20210, warmup_share=1500 / 160000, lr=4e-4 * 16,
+                   layer_decay=0.75, pool="cls"),
+    "ade_a2": dict(PIXELS, epochs=100, warmup_share=1500 * 16 / 2021000, lr=4e-4 * 16,
+                   relative_positions=True),
+    "scenes": dict(PIXELS, img_size=[48], patch_size=4, epochs=4, warmup_share=0.05, lr=8e-3,
+                   at_once=32, batch_size=32, width=32, crop=[0.75, 1.5], drop_path=0.0,
+                   layer_decay=0.75),
     "bm": dict(DEIT, lr=1e-3, clip=0.0, layer_decay=0.75, random_erasing=0.25, pool="cls"),
     "deit": DEIT, "rsb_a3": RSB_A3,
     # differs from the paper: its Table A2 has lr 1.5e-3. RSB and A2's published configuration have
@@ -175,34 +190,52 @@ def open_run(weights, chosen, trains=False):
     held = None if weights == "none" else models.read_weights(weights)
     run = (held or {}).get("config") or {}
     (held or {}).pop("optimizer", None)
+    head = getattr(chosen, "head", "classify")
     data = chosen.data or run.get("data", "shapes")
+    if head == "segment" and not chosen.data and data in pretrain.BUILT_IN:
+        data = "scenes"
     folder = pretrain.kind_of(data) == "folder"
     model = chosen.model or run.get("model", "vit_base" if folder else "vit_micro")
-    small = pretrain.is_small(data, model, chosen.img_size or run.get("img_size"))
     maps = not models.MODELS[model].family.tokens
-    paper = getattr(degrade.TASKS.get(run.get("task")), "paper", "BM")
-    usual = "rsb_a3" if maps and trains else "deit" if paper == "A2" else "bm"
-    recipe = getattr(chosen, "recipe", None) or ("small" if small else usual)
+    recipe = getattr(chosen, "recipe", None)
+    recipe = recipe or usual_recipe(head, run, data, model, chosen.img_size, trains)
     check(maps or not recipe.startswith("rsb"), f"--recipe {recipe}: {model} is no ResNet")
-    defaults = dict(RECIPES[recipe], model=model, data=data, recipe=recipe, root="data",
-                    relative_positions=False, only=None, fitted=None)
+    check((head == "segment") == ("width" in RECIPES[recipe]), f"--recipe {recipe}: another --head")
+
+    # the recipe, what differs for a network of maps and for a folder, and what the run had
+    defaults = {"relative_positions": False, **RECIPES[recipe]}
+    defaults.update(model=model, data=data, recipe=recipe, root="data", only=None, fitted=None)
     if maps:
-        defaults.update(layer_decay=1.0, pool="mean")
+        defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
         if recipe == "small":
             defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
-    taken = ["root", "relative_positions", "img_size", "patch_size", "pool"]
+    taken = ["root", "pool", "patch_size"]
+    if not trains or recipe == "small" or head == "classify" and not maps:
+        taken.append("img_size")  # else it is the recipe's
     if not trains:
-        taken += ["test_size", "test_crop", "labels", "seed"]
-    elif maps and recipe != "small":
-        taken = ["root"]  # a ResNet's size is the recipe's
+        taken += ["test_size", "test_crop", "labels", "seed", "width", "num_classes"]
+    if run.get("relative_positions"):
+        taken.append("relative_positions")
     if data == run.get("data"):
         taken.append("only")
     defaults.update((name, run[name]) for name in taken if name in run)
-    if trains and folder:
+    if trains and folder and head == "classify":
         defaults = for_labels(defaults, chosen)
     return held, run, defaults
+
+
+def usual_recipe(head, run, data, model, img_size, trains):
+    """The recipe for what a command line says, if that does not name one."""
+    paper = getattr(degrade.TASKS.get(run.get("task")), "paper", "BM")
+    if head == "segment":
+        return f"ade_{paper.lower()}" if pretrain.kind_of(data) == "folder" else "scenes"
+    if pretrain.is_small(data, model, img_size or run.get("img_size")):
+        return "small"
+    if trains and not models.MODELS[model].family.tokens:
+        return "rsb_a3"
+    return "deit" if paper == "A2" else "bm"
 
 
 def for_labels(defaults, chosen):
@@ -239,6 +272,8 @@ def options(argv=None):
     first.add_argument("--recipe", choices=RECIPES, help="default: small for small sets, models "
                        "and sizes, rsb_a3 for a ResNet, deit for a run of A2's, bm for any other")
     pretrain.batch_option(first.add_argument)
+    first.add_argument("--head", choices=LOSSES, default="classify", help="a class for an image, "
+                       "or for every pixel")
     first.add_argument("--eval", action="store_true", help="only measure --weights")
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)
@@ -249,13 +284,19 @@ def options(argv=None):
     o("--optimizer", choices=OPTIMIZERS, help="AdamW or LAMB")
     o("--layer_decay", type=share, help="a layer's learning rate over the next one's, a ViT's")
     o("--drop_path", type=share, help="stochastic depth of the last layer")
-    o("--loss", choices=("ce", "bce"), help="cross-entropy, or binary for each class")
-    o("--smoothing", type=share, help="of the labels")
-    o("--rand_augment", type=not_negative, nargs=2, help="strength, 0 to 10, and its deviation")
-    o("--random_erasing", type=share, help="share of the images with a part of noise")
-    o("--mixup", type=not_negative, help="alpha, 0: none")
-    o("--cutmix", type=not_negative, help="alpha, 0: none")
-    o("--test_size", type=int, help="measure a ResNet at this size; 0: --img_size")
+    o("--schedule", choices=("cosine", "linear"), help="of the learning rate, down to 0")
+    if chosen.head == "segment":
+        o("--width", type=positive_int, help="of UperNet")
+        o("--auxiliary", type=not_negative, help="weight of the loss on the third map alone")
+        o("--num_classes", type=positive_int, help="of a folder's annotations")
+    else:
+        o("--loss", choices=("ce", "bce"), help="cross-entropy, or binary for each class")
+        o("--smoothing", type=share, help="of the labels")
+        o("--rand_augment", type=not_negative, nargs=2, help="strength, 0 to 10, and its deviation")
+        o("--random_erasing", type=share, help="share of the images with a part of noise")
+        o("--mixup", type=not_negative, help="alpha, 0: none")
+        o("--cutmix", type=not_negative, help="alpha, 0: none")
+        o("--test_size", type=int, help="measure a ResNet at this size; 0: --img_size")
     o("--out", type=pretrain.folder_path, help="None: runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]")
     pretrain.machine_options(o)
     p.set_defaults(**defaults)
@@ -277,6 +318,7 @@ def settle(args, process, data):
     """What follows from the options and the data: the share of each process, the folder."""
     if args.eval:
         args.batch_size, args.accum = process.world, 1  # there are no steps
+    check(args.head == "classify" or not args.labels, "--labels: of a class for an image")
     pretrain.share_out(args, process, data)
     pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args))
     check(not args.test_size or not models.MODELS[args.model].family.tokens,
@@ -315,6 +357,94 @@ def few_labels(data, k, seed):
         check(len(of) >= k, f"--labels {k}: class {name} has only {len(of)} images")
         rows.append(of[torch.randperm(len(of), generator=seeded(seed, LABELS, label))[:k]])
     return data.keep(torch.cat(rows).sort().values)
+
+
+class PixelSet(pretrain.FolderSet):
+    """Images with a class for every pixel, which goes with them as a fourth channel. 255: it is not
+    labelled. Of `scenes`, or of a folder in ADE20K's layout: DIR/images/{training,validation}/...
+    and DIR/annotations/{training,validation}/...png, of 1 and on, 0 not labelled.
+    """
+
+    def __init__(self, data, train, classes):
+        self.scenes = None
+        if data == "scenes":
+            self.scenes = pretrain.Scenes(10000 if train else 500, seed=int(not train))
+            n = len(self.scenes.kinds)
+            self.names, self.bad, self.found = np.arange(n), {}, f"{n:,} scenes"
+            self.classes = ["ground", *pretrain.SHAPES]
+            self.labels = torch.zeros(n)
+        else:
+            super().__init__(os.path.join(data, "images", "training" if train else "validation"))
+            self.classes = [str(i) for i in range(1, classes + 1)]
+
+    def path(self, index):
+        return f"scene {index}" if self.scenes else super().path(index)
+
+    def read(self, index):
+        """(4, H, W) uint8."""
+        if self.scenes:
+            image = self.scenes.drawn(torch.tensor([index]))[0]
+            kinds = F.pad(self.scenes.kinds[index] + 1, (1, 0)).to(torch.uint8)
+            return torch.cat([image[:3], kinds[image[3:].long()]])
+        image = super().read(index)
+        path = Path(self.path(index))
+        path = Path(str(path.parent).replace("images", "annotations")) / f"{path.stem}.png"
+        with Image.open(path) as picture:
+            labels = torch.from_numpy(np.array(picture))
+        if labels.shape != image.shape[1:] or labels.max() > len(self.classes):
+            raise ValueError(f"{path} is {tuple(labels.shape)} of 0 .. {labels.max()}, for an "
+                             f"image of {tuple(image.shape[1:])} and {len(self.classes)} classes")
+        return torch.cat([image, labels[None].to(torch.uint8) - 1])  # of 0, 255
+
+    def view(self, image, index, epoch, size, scale, seed):
+        """Scaled at random, where its short side at 1 is the view's; cropped, flipped."""
+        u = torch.rand(4, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
+        image = resized(image[None], (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size))[0]
+        H, W = (max(n, m) for n, m in zip(image.shape[1:], size))
+        padding = [0, W - image.shape[2], 0, H - image.shape[1]]
+        image = torch.cat([F.pad(image[:3], padding), F.pad(image[3:], padding, value=255)])
+        top, left = int(u[1] * (H - size[0] + 1)), int(u[2] * (W - size[1] + 1))
+        image = image[:, top:top + size[0], left:left + size[1]]
+        return image.flip(2) if u[3] < 0.5 else image
+
+    def batches(self, *args, **more):
+        """As MemorySet.batches, with the classes (k, H, W) for labels."""
+        for view, _ in super().batches(*args, **more):
+            yield view[:, :3], (view[:, 3] * 255).round().long()
+
+
+    def whole(self, rows, at_once=16):
+        """The images of these rows that can be read, as they are, (k, 4, H, W) of one size."""
+        images = []
+        for index in rows:
+            try:
+                image = self.read(index)
+            except Exception as error:
+                self.bad[f"{self.path(index)}: {error}"] = -1
+                tqdm.write(f"skipped {self.path(index)}: {error}", file=sys.stderr)
+                continue
+            if images and (len(images) == at_once or image.shape != images[0].shape):
+                yield torch.stack(images)
+                images = []
+            images.append(image)
+        if images:
+            yield torch.stack(images)
+
+
+def resized(images, short):
+    """Images with their classes (k, 4, H, W) uint8, their short side as given."""
+    size = [max(1, round(side * short / min(images.shape[2:]))) for side in images.shape[2:]]
+    pixels = F.interpolate(images[:, :3], size, mode="bilinear", antialias=True)
+    return torch.cat([pixels, F.interpolate(images[:, 3:], size, mode="nearest-exact")], dim=1)
+
+
+def pixel_data(args, process):
+    """The images to train on, and those to measure."""
+    sets = [PixelSet(args.data, train, args.num_classes) for train in (True, False)]
+    for data in sets:
+        copies = pretrain.gather(data.contents, process)
+        check(len(set(copies)) == 1, f"processes see other images in {args.data}")
+    return sets
 
 
 def augmentation(magnitude, deviation, erasing):
@@ -369,17 +499,56 @@ def mix(images, targets, mixup, cutmix, rng):
     return images, own * targets + (1 - own) * targets[other]
 
 
-def class_loss(scores, targets, loss, smoothing):
+def class_loss(scores, targets, args):
     """Cross-entropy; or RSB's binary one: a class of more than a fifth of the image is there."""
-    if loss == "bce":
+    if args.loss == "bce":
         return F.binary_cross_entropy_with_logits(scores.float(), (targets > 0.2).float())
-    return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
+    return F.cross_entropy(scores.float(), targets, label_smoothing=args.smoothing)
+
+
+def pixel_loss(scores, labels, args):
+    """Cross-entropy over all pixels, those without a label count 0, and --auxiliary times that of
+    the auxiliary scores.
+    """
+    main, auxiliary = (F.cross_entropy(x, labels, ignore_index=255, reduction="none").mean()
+                       for x in scores)
+    return main + args.auxiliary * auxiliary
+
+
+LOSSES = {"classify": class_loss, "segment": pixel_loss}
+
+
+def with_head(args, weights, data, says):
+    """The encoder with its weights and a fresh head. --eval: with its own."""
+    dense = args.head == "segment"
+    model = encoder = models.encoder(args.model, args.img_size, args.patch_size, data.channels,
+                                     0 if dense else len(data.classes), args.relative_positions,
+                                     args.pool)
+    if model.tokens:
+        model.pos_embed.requires_grad_(True)  # differs from the authors' code: BM's are constants
+    if dense:
+        model = models.UperNet(encoder, len(data.classes), args.width)
+    elif model.tokens:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)  # near 0, as MAE's
+    missing = f"--eval: {args.weights} has no head for {len(data.classes)} classes: give a " \
+              "fine-tuned run, and the --data it was made for"
+    if dense and args.eval:
+        check(weights and weights.get("config", {}).get("head") == "segment", missing)
+        model.load_state_dict(weights["model"])
+    elif weights is not None:
+        loaded = models.load_weights(encoder, weights, head=args.eval)
+        check(not (args.eval and loaded.missing), missing)
+        if says:
+            print(loaded)
+    return model
 
 
 def layer_scale(model, decay):
     """name -> decay^(L + 1 - l): l: 0 for the embeddings, 1 .. L for blocks, L + 1 the rest."""
     def scale(name):
-        after = len(model.blocks) + 1
+        encoder = getattr(getattr(model, "pyramid", None), "encoder", model)
+        name = name.removeprefix("pyramid.encoder.")
+        after = len(encoder.blocks) + 1
         if name.startswith("blocks."):
             return decay ** (after - int(name.split(".")[1]) - 1)
         return decay ** after if name.startswith(("cls_token", "pos_", "patch_")) else 1.0
@@ -420,6 +589,61 @@ OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "lamb":
 # --- What is measured ---
 
 @torch.no_grad()
+def evaluate_pixels(model, data, args, process, amp):
+    """Mean IoU and pixel accuracy in %, over every labelled pixel of all images at their own size.
+    A class that is neither there nor found is left out of the mean.
+    """
+    n, read, mine = len(data.classes), 0, range(process.rank, len(data), process.world)
+    confusion = torch.zeros(n * n, dtype=torch.float64)
+    model.eval()
+    for images in data.whole(mine):
+        found, labels = classes_of(model, images, args, process.device, amp), images[:, 3].long()
+        pairs = (labels * n + found)[labels != 255]
+        confusion += torch.bincount(pairs, minlength=n * n)
+        read += len(images)
+    model.train()
+    *confusion, read = sum_over_processes([*confusion.tolist(), read], process)
+    pretrain.refuse_bad(data, len(data) - read, process)
+    return dict(**iou(torch.tensor(confusion).view(n, n)), images=int(read))
+
+
+def iou(confusion):
+    """Mean IoU and pixel accuracy, in %, of a table (truth, found) of pixels."""
+    right = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - right
+    return dict(miou=round(100 * (right / union)[union > 0].mean().item(), 2),
+                pixel_accuracy=round(100 * (right.sum() / confusion.sum()).item(), 2))
+
+
+def classes_of(model, images, args, device, amp):
+    """The class found for each pixel of images (k, 4, H, W): (k, H, W). Their short side is shown
+    at --img_size.
+    """
+    view = resized(images, min(args.img_size))[:, :3].to(device).float() / 255
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        scores = model(view).float()
+    scores = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
+    return scores.argmax(1).cpu()
+
+
+@torch.no_grad()
+def pixel_sheet(model, data, args, device, amp, count=8):
+    """found.png in --out: images, their classes, and those that are found."""
+    colors = torch.rand(256, 3, generator=seeded(7))
+    model.eval()
+    rows = []
+    for images in data.whole(range(min(count, len(data))), at_once=1):
+        found = classes_of(model, images, args, device, amp)
+        maps = [colors[x.long()].permute(0, 3, 1, 2) for x in (images[:, 3], found)]
+        square = [degrade.center_crop(x, min(x.shape[2:])) for x in (images[:, :3] / 255, *maps)]
+        rows.append([F.interpolate(x, (192, 192), mode="nearest-exact") for x in square])
+    columns = [torch.cat(column) for column in zip(*rows)]
+    half = [column[i::2] for i in (0, 1) for column in columns]
+    page = degrade.sheet(half, ["image", "classes", "found"] * 2)
+    pretrain.write_whole(args.out / "found.png", lambda file: page.save(file, "PNG"))
+
+
+@torch.no_grad()
 def evaluate(model, data, args, process, amp):
     """Top-1 and top-5 in % over all images, each counted once however many processes share them."""
     size = [args.test_size] * 2 if args.test_size else args.img_size
@@ -441,7 +665,10 @@ def evaluate(model, data, args, process, amp):
 def measured(args, step):
     """Whether log.jsonl has what was measured at this step."""
     lines = (args.out / "log.jsonl").read_text().splitlines()
-    return any("top1" in line and json.loads(line)["step"] == step for line in lines)
+    return any('"images":' in line and json.loads(line)["step"] == step for line in lines)
+
+
+MEASURES = {"classify": evaluate, "segment": evaluate_pixels}
 
 
 def report(args, process, result):

@@ -76,6 +76,26 @@ class Encoder(nn.Module):
         """For analyze.py: modules whose input is a feature map, modules whose output is one."""
         return [], [block for stage in self.stages for block in stage]
 
+    def maps(self, images, drop=None):
+        """Four feature maps (B, D, h, w): of a ViT behind a third, a half and two thirds of its
+        blocks, and its last; of a ResNet behind its stages. Any image size is taken.
+        """
+        layers = [1, 2, 3]
+        if self.tokens:
+            depth = len(self.blocks)
+            layers = [depth // 3, depth // 2, 2 * depth // 3]
+        found = []
+
+        def after(layer, z):
+            if layer in layers:
+                found.append(z)
+            return z
+        found.append(self.encode(images, after=after, drop=drop))
+        if not self.tokens:
+            return found
+        grid = [side // self.patch_size for side in images.shape[2:]]
+        return [z[:, 1:].transpose(1, 2).unflatten(2, grid) for z in found]
+
     def pooled(self, z):
         """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D), float32."""
         return z.float().mean((2, 3))
@@ -159,13 +179,17 @@ class Attention(nn.Module):
         table = nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
         self.relative_position_bias_table = table
 
-    def forward(self, x, index=None):
-        """x (B, N, D), index (B or 1, N, N): each pair's row of the table."""
+    def forward(self, x, index=None, grids=None):
+        """x (B, N, D), index (B or 1, N, N): each pair's row of the table. grids: the table's and
+        the image's grid of patches, where they differ.
+        """
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         bias = None
         if index is not None:
-            bias = F.embedding(index, self.relative_position_bias_table.to(q.dtype))
+            table = self.relative_position_bias_table
+            table = table if grids is None else resize_relative(table, *grids)
+            bias = F.embedding(index, table.to(q.dtype))
             bias = bias.permute(0, 3, 1, 2).contiguous()  # (B or 1, heads, N, N)
         x = attend(q, k, v, bias)  # (B, heads, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
@@ -191,8 +215,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def forward(self, x, index=None, drop=None):
-        x = x + branch(self.attn(self.norm1(x), index), drop, 0)
+    def forward(self, x, index=None, drop=None, grids=None):
+        x = x + branch(self.attn(self.norm1(x), index, grids), drop, 0)
         return x + branch(self.mlp(self.norm2(x)), drop, 1)
 
 
@@ -246,15 +270,20 @@ class ViT(Encoder):
 
         hidden (B, N) bool, the same count in every row: dropped before the projection, so nothing
         of them reaches the encoder. after(l, z) -> z stands behind the projection (l = 0, before
-        positions are added) and each block. drop: (B, 2 L) from drop_path, or None.
+        positions are added) and each block. drop: (B, 2 L) from drop_path, or None. Positions are
+        resized to images of another size than the model's.
         """
         B, C = images.shape[:2]
         p = self.patch_size
-        gh, gw = self.grid
+        gh, gw = grid = tuple(side // p for side in images.shape[2:])
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(B, gh * gw, C * p * p)  # (B, N, C p p)
         position = self.pos_embed  # (1, 1 + N, D)
-        index = self.relative_index
+        index, grids = self.relative_index, None
+        if grid != self.grid:
+            grids = self.grid, grid
+            position = resize_positions(position, *grids)
+            index = None if index is None else relative_index(grid).to(index.device)
         index = None if index is None else index[None]  # (1, 1 + N, 1 + N)
         if hidden is not None:
             row, patch = (~hidden).nonzero(as_tuple=True)
@@ -267,7 +296,8 @@ class ViT(Encoder):
         x = torch.cat([self.cls_token.expand(B, -1, -1), x.to(self.cls_token.dtype)], dim=1)
         x = after(0, x) + position  # (B, 1 + visible, D)
         for l, block in enumerate(self.blocks, 1):
-            x = after(l, block(x, index, None if drop is None else drop[:, 2 * l - 2:2 * l]))
+            rates = None if drop is None else drop[:, 2 * l - 2:2 * l]
+            x = after(l, block(x, index, rates, grids))
         return self.norm(x)
 
     def pooled(self, z):
@@ -517,6 +547,83 @@ class MaskToken:
             here = token and hidden is not None and layer == self.token_at
             return self.inject(z, self.downsample(z, hidden)) if here else z
         return self.predict(self.encode(images, after=after))
+
+
+# --- Heads for dense predictions (BM 4.4, A2 5.3) ---
+
+def unit(channels, out, kernel):
+    """A convolution, batch norm, ReLU."""
+    return nn.Sequential(convolution(channels, out, kernel), BatchNorm(out), nn.ReLU(inplace=True))
+
+
+class Pyramid(nn.Module):
+    """An encoder's four maps at four strides. A ResNet's have them: 4, 8, 16, 32. A ViT's are
+    brought to 1/4, 1/2, 1 and 2 patches: twice and once a transposed convolution, as it is, and
+    max-pooling. widths: of the maps.
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.widths = encoder.widths[1:] if not encoder.tokens else [encoder.dim] * 4
+        self.scales = nn.ModuleList(nn.Identity() for _ in range(4))
+        if encoder.tokens:
+            def twice():
+                return nn.ConvTranspose2d(encoder.dim, encoder.dim, 2, 2)
+            first = nn.Sequential(twice(), BatchNorm(encoder.dim), nn.GELU(), twice())
+            self.scales = nn.ModuleList([first, twice(), nn.Identity(), nn.MaxPool2d(2)])
+
+    def padded(self, images):
+        """With zeros on the right and below, to whole positions of the coarsest map."""
+        n = 2 * self.encoder.patch_size if self.encoder.tokens else self.encoder.stride
+        return F.pad(images, [0, -images.shape[3] % n, 0, -images.shape[2] % n])
+
+    def forward(self, images, drop=None):
+        """Padded images (B, C, H, W) in [0, 1] -> four maps (B, D, h, w)."""
+        return [scale(z) for scale, z in zip(self.scales, self.encoder.maps(images, drop))]
+
+
+class UperNet(nn.Module):
+    """A class for every pixel, by UperNet (arXiv 1807.10221) on a pyramid: its last map pooled to
+    1, 2, 3 and 6 cells a side; lateral convolutions and sums from the top down; all levels joined.
+    """
+    tokens = False
+
+    def __init__(self, encoder, classes, width):
+        super().__init__()
+        self.pyramid, self.branches = Pyramid(encoder), encoder.branches
+        *lower, top = self.pyramid.widths
+        self.pools = nn.ModuleList(unit(top, width, 1) for _ in (1, 2, 3, 6))
+        self.top = unit(top + 4 * width, width, 3)
+        self.lateral = nn.ModuleList(unit(n, width, 1) for n in lower)
+        self.smooth = nn.ModuleList(unit(width, width, 3) for _ in lower)
+        self.join = unit(4 * width, width, 3)
+        self.classify = nn.Conv2d(width, classes, 1)
+        self.auxiliary = nn.Sequential(unit(lower[-1], width // 2, 3),
+                                       nn.Conv2d(width // 2, classes, 1))  # A2's, in training
+
+    def forward(self, images, drop=None):
+        """images (B, C, H, W) in [0, 1] -> scores (B, classes, H, W); in training also those of
+        the third map alone.
+        """
+        def to(z, size):
+            return F.interpolate(z, size, mode="bilinear", align_corners=False)
+
+        H, W = images.shape[2:]
+        images = self.pyramid.padded(images)
+        maps = self.pyramid(images, drop)
+        top = maps[-1]
+        pooled = [to(pool(F.adaptive_avg_pool2d(top, n)), top.shape[2:])
+                  for n, pool in zip((1, 2, 3, 6), self.pools)]
+        levels = [self.top(torch.cat([top, *pooled], dim=1))]
+        for lateral, smooth, z in zip(self.lateral[::-1], self.smooth[::-1], maps[-2::-1]):
+            z = lateral(z)
+            levels.append(smooth(z + to(levels[-1], z.shape[2:])))
+        finest = levels[-1].shape[2:]
+        z = self.join(torch.cat([to(z, finest) for z in levels], dim=1))
+        scores = [self.classify(z)] + [self.auxiliary(maps[2])] * self.training
+        scores = [to(x.float(), images.shape[2:])[:, :, :H, :W] for x in scores]
+        return scores if self.training else scores[0]
 
 
 # --- By name ---

@@ -165,6 +165,7 @@ SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, lr=1.5e-3, batch_si
 SMALL_MAPS = dict(SMALL, img_size=[64], patch_size=8, clip=0.0)
 SMALL_EPOCHS = {("shapes", "BM"): 15, ("shapes", "A2"): 10, ("shapes", "maps"): 5,
                 ("small", "BM"): 12, ("small", "A2"): 6, ("small", "maps"): 3}
+BUILT_IN = ("shapes", "scenes")
 SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
         "fashion_mnist": "FashionMNIST"}
 
@@ -176,10 +177,13 @@ def check(right, message=""):
 
 
 def kind_of(data):
-    """The kind of --data, for recipe and loading: "shapes", "small" (by name), "folder"."""
-    if data == "shapes" or data in SETS:
-        return "shapes" if data == "shapes" else "small"
-    check(os.path.isdir(data), f"--data {data} is no folder, nor one of shapes, {', '.join(SETS)}")
+    """The kind of --data, for recipe and loading: "shapes" (built in), "small" (by name),
+    "folder".
+    """
+    if data in BUILT_IN or data in SETS:
+        return "shapes" if data in BUILT_IN else "small"
+    check(os.path.isdir(data), f"--data {data} is no folder, nor one of {', '.join(BUILT_IN)}, "
+          f"{', '.join(SETS)}")
     return "folder"
 
 
@@ -291,7 +295,8 @@ def training_options(o):
     o("--weight_decay", type=not_negative, help="not on biases, norms, tokens, positions")
     o("--betas", type=share, nargs=2, help="of the optimiser's running means")
     o("--clip", type=not_negative, help="largest norm of the gradient, 0: any")
-    o("--crop", type=share, nargs=2, help="smallest and largest area of the random crop")
+    o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop; of "
+      "--head segment: scale of the image")
     o("--save_every", type=positive_int, help="steps; None: a twentieth of the run")
     o("--log_every", type=positive_int, default=20, help="steps")
     o("--compile", action="store_true", help="torch.compile the model")
@@ -317,8 +322,8 @@ def options(argv=None):
     first = Parser(add_help=False)
     first.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, metavar="TASK",
                        help=", ".join(degrade.TASKS))
-    first.add_argument("--data", default="shapes", help="a folder of images, shapes (built in), "
-                       + ", ".join(SETS))
+    first.add_argument("--data", default="shapes", help="a folder of images, shapes or scenes "
+                       "(built in), " + ", ".join(SETS))
     first.add_argument("--model", choices=models.MODELS, metavar="MODEL",
                        help=", ".join(models.MODELS))
     first_options(first.add_argument)
@@ -536,10 +541,12 @@ def precision(args, device):
     return kinds[args.amp]
 
 
-def learning_rate(step, total, warmup, peak):
-    """Linear warm-up, then half a cosine down to 0."""
+def learning_rate(step, total, warmup, peak, schedule="cosine"):
+    """Linear warm-up, then half a cosine, or a line, down to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "linear":
+        return peak * (total - step) / max(1, total - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -804,14 +811,26 @@ class FolderSet(Dataset):
         index, epoch, size, scale, seed, augment = item
         unread = ""
         for position in range(index, index + (1 if epoch < 0 else 100)):
-            path = os.path.join(self.folder, os.fsdecode(self.names[position % len(self)]))
             try:
-                image = degrade.read_image(path)
+                image = self.read(position % len(self))
                 break
             except Exception as error:  # Pillow's plug-ins raise whatever they like
-                unread = unread or f"{path}: {error}"
+                unread = unread or f"{self.path(position % len(self))}: {error}"
         else:
             return torch.zeros(3, *size, dtype=torch.uint8), -1, epoch, unread
+        view = self.view(image, index, epoch, size, scale, seed)
+        if augment:
+            view = augment(view, seeded(seed, AUGMENT, epoch, index))
+        return view, position % len(self), epoch, unread
+
+    def path(self, index):
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
+    def read(self, index):
+        return degrade.read_image(self.path(index))
+
+    def view(self, image, index, epoch, size, scale, seed):
+        """A random crop of (C, H, W), or for epoch -1 the central part `scale`: (C, *size)."""
         H, W = image.shape[1:]
         if epoch < 0:
             view = degrade.center_crop(image[None], central(H, W, size, scale))
@@ -820,11 +839,7 @@ class FolderSet(Dataset):
             top, left, h, w = crop_boxes(u, H, W, scale)[0].astype(int)
             view = image[None, :, top:top + h, left:left + w]
         view = F.interpolate(view, size, mode="bicubic", antialias=True)[0]
-        if epoch >= 0 and u[0, 22] < 0.5:
-            view = view.flip(2)
-        if augment:
-            view = augment(view, seeded(seed, AUGMENT, epoch, index))
-        return view, position % len(self), epoch, unread
+        return view.flip(2) if epoch >= 0 and u[0, 22] < 0.5 else view
 
     def _load(self, items, device, workers):
         loader = DataLoader(self, batch_sampler=items, num_workers=workers,
@@ -861,6 +876,10 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     """
     train, kind = split == "train", kind_of(args.data)
     check(kind == "folder" or not args.only, f"--classes: {args.data} is no folder")
+    if args.data == "scenes":
+        check(not labelled, "--data scenes: its images have no class, but --head segment")
+        drawn = Scenes(10000 if train else 500, seed=int(not train))
+        return MemorySet(drawn, torch.zeros(len(drawn.kinds)).long(), [], f"scenes {split}")
     if kind == "shapes":
         drawn = Drawn(30000, seed=0) if train else Drawn(5000, seed=1)
         return MemorySet(drawn, drawn.labels, list(SHAPES), f"shapes {split}")
@@ -961,31 +980,90 @@ class Drawn:
         return self.images[rows]
 
 
-def draw_shape(outline, numbers, size):
-    """A shape of SHAPES, drawn by each row of Drawn.numbers (k, 20): (k, 3, size, size) uint8."""
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+def along(angle, size):
+    """The coordinate in the direction `angle`, in turns, of each pixel of a canvas [-1, 1]^2."""
+    axis, angle = (torch.arange(size) + 0.5) / size * 2 - 1, 2 * math.pi * angle
+    return axis * torch.cos(angle) + axis[:, None] * torch.sin(angle)
 
-    def wave(angle):  # the coordinate along a direction
-        angle = 2 * math.pi * angle
-        return axis * torch.cos(angle) + axis[:, None] * torch.sin(angle)
 
-    r = numbers.T[:, :, None, None]  # (20, k, 1, 1)
-    radius, aspect, turn = 0.62 + 0.28 * r[0], r[1], 2 * r[2] - 1
+def ground(r, size):
+    """A ramp between two colours (k, 3, size, size), and the colour in the middle (k, 3, 1, 1)."""
+    near = r[5:8].movedim(0, 1)
+    far = (near + 0.5 * r[8:11].movedim(0, 1) - 0.25).clamp(0, 1)
+    ramp = (0.5 + along(r[14], size) / 2.84)[:, None]
+    return near * (1 - ramp) + far * ramp, (near + far) / 2
+
+
+def inside_of(outline, r, radius, size):
+    """How far each pixel is inside a shape, in pixels: (k, size, size)."""
+    axis, aspect, turn = (torch.arange(size) + 0.5) / size * 2 - 1, r[1], 2 * r[2] - 1
     x = axis - (2 * r[3] - 1) * (1.05 - radius)
     y = axis[:, None] - (2 * r[4] - 1) * (1.05 - radius)
     u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-    inside = outline(u / radius * aspect, v / radius / aspect) * radius * size / 2  # in pixels
+    return outline(u / radius * aspect, v / radius / aspect) * radius * size / 2
 
-    near, paint = r[5:8].movedim(0, 1), r[11:14].movedim(0, 1)
-    far = (near + 0.5 * r[8:11].movedim(0, 1) - 0.25).clamp(0, 1)
-    ramp = (0.5 + wave(r[14]) / 2.84)[:, None]
-    ground, middle = near * (1 - ramp) + far * ramp, (near + far) / 2
-    close = (paint - middle).abs().amax(1, keepdim=True) < 0.45  # an object must show
+
+def painted(picture, middle, inside, r, size):
+    """`picture` with a striped shape on it, of a colour that shows on `middle`."""
+    paint = r[11:14].movedim(0, 1)
+    close = (paint - middle).abs().amax(1, keepdim=True) < 0.45
     paint = torch.where(close, (middle + 0.5) % 1, paint)
-    stripes = 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * wave(r[15]))[:, None]
+    stripes = 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * along(r[15], size))[:, None]
     cover = (0.5 + inside).clamp(0, 1)[:, None]
-    picture = ground * (1 - cover) + (paint + stripes) * cover
+    return picture * (1 - cover) + (paint + stripes) * cover
+
+
+def draw_shape(outline, numbers, size):
+    """A shape of SHAPES, drawn by each row of Drawn.numbers (k, 20): (k, 3, size, size) uint8."""
+    r = numbers.T[:, :, None, None]  # (20, k, 1, 1)
+    inside = inside_of(outline, r, 0.62 + 0.28 * r[0], size)
+    picture = painted(*ground(r, size), inside, r, size)
     return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+class Scenes:
+    """n generated scenes, each drawn when it is first asked for: one to four shapes on a ground.
+    images (n, 4, size, size) uint8: the fourth channel says which shape is seen, 0 the ground.
+    kinds (n, 4): the shapes' numbers in SHAPES.
+    """
+    device, dtype = torch.device("cpu"), torch.uint8
+
+    def __init__(self, n, size=96, seed=0):
+        generator = seeded(seed, n, size, 4)
+        self.shape = (n, 3, size, size)
+        self.counts = torch.randint(1, 5, (n,), generator=generator)
+        self.kinds = torch.randint(len(SHAPES), (n, 4), generator=generator)
+        self.numbers = torch.rand(n, 4, 20, generator=generator)
+        self.numbers[:, :, 1] = 2 ** (0.5 * self.numbers[:, :, 1] - 0.25)
+        self.images = torch.empty(n, 4, size, size, dtype=torch.uint8)
+        self.done = torch.zeros(n, dtype=torch.bool)
+
+    def drawn(self, rows):
+        """The images of these rows, with what is seen: (k, 4, size, size)."""
+        for i in rows[~self.done[rows]].tolist():
+            few = slice(self.counts[i])
+            picture, seen = draw_scene(self.numbers[i, few], self.kinds[i, few].tolist(),
+                                       self.shape[2])
+            self.images[i] = torch.cat([picture, seen[None]])
+        self.done[rows] = True
+        return self.images[rows]
+
+    def __getitem__(self, rows):
+        return self.drawn(rows)[:, :3]
+
+
+def draw_scene(numbers, shapes, size):
+    """Shapes (their numbers in SHAPES) on one ground, later ones in front: (3, size, size) uint8,
+    and which of them is seen at each pixel, (size, size) uint8: 1 and on, 0 the ground.
+    """
+    picture, middle = ground(numbers[:1].T[:, :, None, None], size)
+    seen = torch.zeros(size, size, dtype=torch.uint8)
+    for i, (row, shape) in enumerate(zip(numbers, shapes), 1):
+        r = row[:, None, None, None]
+        inside = inside_of([*SHAPES.values()][shape], r, 0.2 + 0.4 * r[0], size)
+        picture = painted(picture, middle, inside, r, size)
+        seen[inside[0] > 0] = i
+    return (picture[0].clamp(0, 1) * 255).round().to(torch.uint8), seen
 
 
 # --- What a run leaves ---

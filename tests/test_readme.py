@@ -124,7 +124,7 @@ def test_the_command_for_a_resnet(few_shapes, tmp_path, capsys):
 def test_the_commands_that_show_whether_it_pays(few_shapes, tmp_path, capsys):
     """Probe and fine-tune, from random weights and from the run: each ends with a line of JSON."""
     commands = [c for c in COMMANDS if re.match(r"python (probe|finetune).py", c)
-                and "--eval" not in c and "photos" not in c]
+                and not re.search("--eval|photos|--head", c)]
     assert len(commands) == 4
     weights = small_run(tmp_path / "encoder")
     for i, command in enumerate(commands):
@@ -166,7 +166,7 @@ def test_the_commands_for_images_of_ones_own(labelled, tmp_path, run, short_fits
 
 
 def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
-    commands = [c for c in COMMANDS if "finetune.py" in c and "torchrun" in c]
+    commands = [c for c in COMMANDS if "finetune.py" in c and "torchrun" in c and "--head" not in c]
     assert len(commands) == 2
     for command, model, more in ((commands[0], "vit_micro", []),
                                  (commands[1], "resnet18", ["--test_size", 64])):
@@ -233,6 +233,7 @@ def test_every_option_named_is_an_option_and_every_setting_is_named(monkeypatch)
     settings = {f"--{name}" for task in degrade.TASKS for name in degrade.task_settings(task)}
     pretrain.options([])
     finetune.options([])
+    finetune.options(["--head", "segment"])
     probe.options([])
     analyze.options(["curves", "x"])
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))

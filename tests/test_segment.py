@@ -1,0 +1,233 @@
+"""A class for every pixel (BM 4.4, A2 5.3): pyramids, UperNet, scenes, ADE20K's layout, mean IoU."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import models
+import pretrain
+from conftest import gradients_of, log_of, together, weights_of
+
+SMALL = ("--head segment --model vit_micro --patch_size 8 --img_size 32 --width 8 --batch_size 4 "
+         "--workers 0 --amp off --steps 4 --save_every 2 --log_every 1").split()
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Thirty of the built-in scenes to train on, five to measure, of 40 pixels."""
+    Scenes = pretrain.Scenes
+    monkeypatch.setattr(pretrain, "Scenes", lambda n, seed: Scenes(30 if n > 1000 else 5, 40, seed))
+
+
+@pytest.fixture
+def ade(tmp_path):
+    """ADE20K's layout: nine and five images of two sizes, 1 above and 2 below, 0 at the left."""
+    for split, n in (("training", 9), ("validation", 5)):
+        for i in range(n):
+            h, w = (40, 60) if i % 2 else (50, 40)
+            labels = np.ones((h, w), np.uint8)
+            labels[h // 2:], labels[:, :5] = 2, 0
+            for kind, pixels in (("images", labels * 90), ("annotations", labels)):
+                folder = tmp_path / "ade" / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "ade"
+
+
+def segment(*argv):
+    return pretrain.command(finetune.main, [*SMALL, *map(str, argv)])
+
+
+def result_of(out):
+    return json.loads(Path(out, "result.json").read_text())
+
+
+# --- Models ---
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_positions_are_resized_to_the_image(size):
+    """A model takes an image of another size as a model of that size with the same weights does."""
+    small = models.encoder("vit_micro", 32, 8, relative_positions=True).eval()
+    for block in small.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    other = models.encoder("vit_micro", size, 8, relative_positions=True).eval()
+    models.load_weights(other, small.state_dict())
+    x = torch.rand(2, 3, *size)
+    assert torch.allclose(small(x), other(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, layers", [
+    ("vit_micro", (2, 3, 4, 6)), ("vit_base", (4, 6, 8, 12)), ("resnet18", (1, 2, 3, 4))])
+def test_the_maps_of_a_pyramid(name, layers):
+    """A ViT's behind a third, a half, two thirds of its blocks; a ResNet's stages."""
+    seen, model = [], models.encoder(name, 32, 16)
+    encode = model.encode
+
+    def spy(images, after, drop=None):
+        def look(layer, z):
+            seen.append((layer, z))
+            return after(layer, z)
+        return encode(images, after=look, drop=drop)
+    model.encode = spy
+    maps = model.maps(torch.rand(1, 3, 32, 64))
+    by_layer = dict(seen)
+    for layer, z in list(zip(layers, maps))[:3]:
+        want = by_layer[layer]
+        if model.tokens:
+            want = want[:, 1:].transpose(1, 2).unflatten(2, (2, 4))
+        assert torch.equal(z, want)
+    assert maps[3].shape[2:] == ((2, 4) if model.tokens else (1, 2))
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "resnet18"])
+def test_upernet_scores_every_pixel_and_trains_every_parameter(name):
+    """Of images that are no whole number of patches."""
+    model = models.UperNet(models.encoder(name, 32, 8), 5, 8)
+    x = torch.rand(2, 3, 44, 70)
+    scores, auxiliary = model(x)
+    assert scores.shape == auxiliary.shape == (2, 5, 44, 70)
+    (scores.square().mean() + auxiliary.square().mean()).backward()
+    for parameter, x in model.named_parameters():
+        if parameter not in ("pyramid.encoder.pos_embed",):
+            assert x.grad is not None and x.grad.isfinite().all() and x.grad.any(), parameter
+    maps = model.pyramid(torch.rand(1, 3, 64, 96))
+    strides = (4, 8, 16, 32) if name == "resnet18" else (2, 4, 8, 16)
+    assert [tuple(z.shape[2:]) for z in maps] == [(64 // s, 96 // s) for s in strides]
+
+
+# --- What is measured ---
+
+def test_mean_iou_by_hand():
+    """The third class is neither there nor found, and is left out. Rows are the truth."""
+    found = finetune.iou(torch.tensor([[6.0, 2, 0], [1, 3, 0], [0, 0, 0]]))
+    assert found == dict(miou=round(100 * (6 / 9 + 3 / 6) / 2, 2), pixel_accuracy=75)
+
+
+def test_a_perfect_prediction_scores_100(ade, monkeypatch):
+    """What is not labelled does not count: there a wrong class is found."""
+    def right(model, images, *_):
+        return torch.where(images[:, 3] == 255, 0, images[:, 3]).long()
+    monkeypatch.setattr(finetune, "classes_of", right)
+    data = finetune.PixelSet(str(ade), False, 7)
+    one = pretrain.Process(0, 1, torch.device("cpu"))
+    found = finetune.evaluate_pixels(torch.nn.Identity(), data, None, one, None)
+    assert found == dict(miou=100, pixel_accuracy=100, images=5)
+
+
+# --- Data ---
+
+def test_scenes():
+    """The same seed draws the same, in any order. The front shape hides the others."""
+    first, again = (pretrain.Scenes(40, 32, seed=0) for _ in range(2))
+    images = first.drawn(torch.arange(40))
+    assert torch.equal(again.drawn(torch.tensor([7, 3])), images[[7, 3]])
+    assert [int(seen.max()) <= n for seen, n in zip(images[:, 3], first.counts)] == [True] * 40
+    assert first.counts.unique().tolist() == [1, 2, 3, 4]
+    for i in range(40):
+        n = int(first.counts[i])
+        row, outline = first.numbers[i, n - 1], [*pretrain.SHAPES.values()][first.kinds[i, n - 1]]
+        inside = pretrain.inside_of(outline, row[:, None, None, None], 0.2 + 0.4 * row[0], 32)[0]
+        assert torch.equal(images[i, 3] == n, inside > 0)
+
+
+def test_classes_are_read_and_scaled_with_their_images(ade):
+    """0 is not labelled. Padding is not, either. Nothing between two classes appears."""
+    data = finetune.PixelSet(str(ade), True, 7)
+    assert len(data) == 9
+    image = data.read(1)
+    assert image[3].unique().tolist() == [0, 1, 255]
+    for epoch in range(20):
+        view = data.view(image, 1, epoch, (32, 48), (0.5, 2.0), 0)
+        assert view.shape == (4, 32, 48) and {*view[3].unique().tolist()} <= {0, 1, 255}
+        again = data.view(image, 1, epoch, (32, 48), (0.5, 2.0), 0)
+        assert torch.equal(view, again)
+    view = data.view(image, 1, 0, (32, 48), (0.2, 0.2), 0)
+    assert (view[3] == 255).float().mean() > 0.9  # it is shrunk to 6 pixels
+
+
+def test_a_label_map_that_does_not_fit_is_named(ade, tmp_path, capfd):
+    """One of five is more than 1%: the run stops."""
+    Image.fromarray(np.full((50, 40), 9, np.uint8)).save(ade / "annotations/validation/0.png")
+    assert segment("--data", ade, "--num_classes", 7, "--out", tmp_path / "run") == 1
+    said = capfd.readouterr().err
+    assert "annotations/validation/0.png is (50, 40) of 0 .. 9" in said and "7 classes" in said
+
+
+# --- The run ---
+
+@pytest.mark.parametrize("flags, want", [
+    ("--data DIR", dict(recipe="ade_bm", img_size=[512, 512], batch_size=16, layer_decay=0.75)),
+    ("--data DIR --recipe ade_a2", dict(epochs=100, relative_positions=True, crop=[0.5, 2.0])),
+    ("", dict(recipe="scenes", data="scenes", img_size=[48, 48]))])
+def test_recipes(flags, want, ade, few_scenes):
+    """BM 4.4: 160,000 steps of 16. A2 A.3: 100 epochs of 16."""
+    args, _, _ = finetune.options(["--head", "segment", *flags.replace("DIR", str(ade)).split()])
+    args.img_size = [args.img_size[0], args.img_size[-1]]
+    assert want.items() <= vars(args).items()
+    if want.get("recipe") == "ade_bm":
+        assert round(args.epochs * 20210 / 16) == 160000
+        assert args.lr * 16 / 256 == pytest.approx(4e-4)
+
+
+def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
+    """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
+    encoder = tmp_path / "encoder"
+    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
+    assert pretrain.command(pretrain.main, [*argv, str(encoder)]) == 0
+    argv = ["--weights", encoder, "--patch_size", 4]
+    assert segment(*argv, "--out", tmp_path / "run") == 0
+    found = result_of(tmp_path / "run")
+    assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found["miou"] <= 100
+    assert (tmp_path / "run/found.png").exists()
+    assert [line["step"] for line in log_of(tmp_path / "run") if "miou" in line] == [2, 4]
+    argv = ["--head", "segment", "--eval", "--weights", tmp_path / "run", "--out", tmp_path / "eval"]
+    assert pretrain.command(finetune.main, [*map(str, argv), "--amp", "off"]) == 0
+    assert result_of(tmp_path / "eval")["miou"] == found["miou"]
+
+
+def test_two_processes_and_resuming_change_nothing(ade, tmp_path):
+    """Five images to measure cannot be halved."""
+    argv = ["--data", ade, "--num_classes", 7, "--crop", 0.75, 1.25, "--out"]
+    assert segment(*argv, tmp_path / "one") == 0
+    codes, said = together("finetune", *SMALL, *argv, tmp_path / "two")
+    assert codes == [0, 0], said
+    one, two = (result_of(tmp_path / name) for name in ("one", "two"))
+    assert one["images"] == two["images"] == 5 and one["miou"] == pytest.approx(two["miou"], abs=1)
+    pair = [gradients_of(tmp_path / name) for name in ("one", "two")]
+    assert torch.allclose(*pair, atol=1e-4, rtol=1e-2)
+
+    real, calls = finetune.learning_rate, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    finetune.learning_rate = stopped
+    assert segment(*argv, tmp_path / "parts") == 130
+    finetune.learning_rate = real
+    assert segment(*argv, tmp_path / "parts", "--resume") == 0
+    pairs = zip(weights_of(tmp_path / "parts").values(), weights_of(tmp_path / "one").values())
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_the_commands_of_the_readme(few_scenes, ade, tmp_path):
+    """From random weights and a run, on scenes and on a folder."""
+    weights = tmp_path / "run"
+    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
+    assert pretrain.command(pretrain.main, [*argv, str(weights)]) == 0
+    text = (Path(finetune.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^(?:python|torchrun \S+) finetune.py (.*--head segment.*)$", text, re.M)
+    assert len(commands) == 3
+    for i, command in enumerate(commands):
+        command = re.sub(r"runs/\S+", str(weights), command).replace("/path/to/ade20k", str(ade))
+        less = ["--patch_size", 4] if str(weights) in command else []
+        argv = [*SMALL, *shlex.split(command), *less, "--steps", 1, "--out", tmp_path / str(i)]
+        assert pretrain.command(finetune.main, [*map(str, argv)]) == 0
+        assert result_of(tmp_path / str(i))["images"] == 5
