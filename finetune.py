@@ -207,7 +207,7 @@ def open_run(weights, chosen, trains=False):
     defaults.update(model=model, data=data, recipe=recipe, root="data", only=None, fitted=None)
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
-        if recipe == "small":
+        if recipe in ("small", "scenes"):
             defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training

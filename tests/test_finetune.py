@@ -224,7 +224,7 @@ def test_bce_says_there_is_what_is_more_than_a_fifth(share, there):
     scores = [2.0, -1.0, 0.5]
     want = np.mean([math.log1p(math.exp(-s if t else s)) for s, t in zip(scores, there)])
     targets = torch.tensor([[1 - share, share, 0]])
-    got = finetune.class_loss(torch.tensor([scores]), targets, "bce", 0.1)
+    got = finetune.class_loss(torch.tensor([scores]), targets, SimpleNamespace(loss="bce"))
     assert got.item() == pytest.approx(want, rel=1e-5)
 
 
@@ -311,7 +311,7 @@ def test_eval_keeps_the_classifier_and_counts_every_image_once(learned, data, tm
 def test_eval_without_the_classifier_is_refused(learned, data, tmp_path, capfd):
     shutil.move(data / "val/class2", data / "val/other")
     torch.save(models.encoder("vit_micro", 16, 4).state_dict(), tmp_path / "encoder.pt")
-    for weights, says in ((learned, "other"), (tmp_path / "encoder.pt", "has no classifier")):
+    for weights, says in ((learned, "other"), (tmp_path / "encoder.pt", "has no head for")):
         assert plain(*VIT, "--eval", "--data", data, "--out", tmp_path, "--weights", weights) == 2
         assert says in capfd.readouterr().err
 
