@@ -273,7 +273,7 @@ def options(argv=None):
                        "and sizes, rsb_a3 for a ResNet, deit for a run of A2's, bm for any other")
     pretrain.batch_option(first.add_argument)
     first.add_argument("--head", choices=LOSSES, default="classify", help="a class for an image, "
-                       "or for every pixel")
+                       "or for every pixel, where --crop is the image's scale")
     first.add_argument("--eval", action="store_true", help="only measure --weights")
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)

@@ -40,7 +40,7 @@ def dark_mask(images, patch_size, ratio):
 '''), ("degrade.py", "before", "def patch_pixels(", '''
 MASKS["dark"] = dark_mask
 ''')]
-TENSORS = [("pretrain.py", "before", '    if data == "shapes" or data in SETS:', '''
+TENSORS = [("pretrain.py", "before", '    if data in BUILT_IN or data in SETS:', '''
     if data.endswith(".pt"):
         return "small"
 '''), ("pretrain.py", "before", '    if kind == "small":', '''
