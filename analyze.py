@@ -641,11 +641,13 @@ def curve(run, *_):
 
     log, config = read(run.weights)
     check(any("loss" in line for line in log), f"{run.weights}: its log has no loss yet")
+    measure = "mean IoU" if any("miou" in x for x in log) else "top-1"
     log = [dict(x, top1=x["miou"]) if "miou" in x else x for x in log]  # of --head segment
     r = {k: [[x["epoch"], x[k]] for x in log if k in x] for k in ("loss", "top1")}
     r.update(last_loss=r["loss"][-1][1], task=config.get("task"), began_with=config["weights"])
     if r["top1"]:
-        r.update(last_top1=r["top1"][-1][1], pretraining="none", pretraining_epochs=0.0)
+        r.update(last_top1=r["top1"][-1][1], pretraining="none", pretraining_epochs=0.0,
+                 measure=measure)
         if Path(config["weights"], "log.jsonl").exists():
             log, before = read(config["weights"])
             r.update(pretraining=before.get("task"), pretraining_epochs=log[-1]["epoch"])
@@ -658,7 +660,8 @@ def curve_panels(found):
         kind = "top1" if r["top1"] else "loss"
         of[kind].append((label, *zip(*r[kind]), None))
         if r["top1"]:
-            paid.setdefault(r["pretraining"], []).append((r["pretraining_epochs"], r["last_top1"]))
+            task = f"{r['pretraining']}, {r['measure']}"
+            paid.setdefault(task, []).append((r["pretraining_epochs"], r["last_top1"]))
     last = [(task, *zip(*sorted(points)), None) for task, points in paid.items()]
     panels = [dict(title="Training loss", x="epochs", y="loss, each task's own", lines=of["loss"]),
               dict(title="While fine-tuning", x="epochs", y="top-1 accuracy or mean IoU, %",

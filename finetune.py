@@ -163,7 +163,7 @@ PIXELS = dict(DEIT, img_size=[512], batch_size=16, at_once=16, clip=0.0, crop=[0
 RECIPES = {
     # BM 4.4, A2 A.3 and its code, ADE20K; lr is absolute at 16 images. 1,500 steps of warm-up.
     "ade_bm": dict(PIXELS, epochs=160000 * 16 / 20210, warmup_share=1500 / 160000, lr=4e-4 * 16,
-                   layer_decay=0.75, pool="cls"),
+                   layer_decay=0.75),
     "ade_a2": dict(PIXELS, epochs=100, warmup_share=1500 * 16 / 2021000, lr=4e-4 * 16,
                    relative_positions=True),
     "scenes": dict(PIXELS, img_size=[48], patch_size=4, epochs=4, warmup_share=0.05, lr=8e-3,
@@ -190,9 +190,11 @@ def open_run(weights, chosen, trains=False):
     held = None if weights == "none" else models.read_weights(weights)
     run = (held or {}).get("config") or {}
     (held or {}).pop("optimizer", None)
-    head = getattr(chosen, "head", "classify")
+    head = "classify"
+    if hasattr(chosen, "head"):  # --eval: the run's
+        head = chosen.head or not trains and run.get("head") or head
     data = chosen.data or run.get("data", "shapes")
-    if head == "segment" and not chosen.data and data in pretrain.BUILT_IN:
+    if head == "segment" and not chosen.data and not os.path.isdir(f"{data}/annotations"):
         data = "scenes"
     folder = pretrain.kind_of(data) == "folder"
     model = chosen.model or run.get("model", "vit_base" if folder else "vit_micro")
@@ -204,14 +206,17 @@ def open_run(weights, chosen, trains=False):
 
     # the recipe, what differs for a network of maps and for a folder, and what the run had
     defaults = {"relative_positions": False, **RECIPES[recipe]}
-    defaults.update(model=model, data=data, recipe=recipe, root="data", only=None, fitted=None)
+    defaults.update(model=model, data=data, recipe=recipe, head=head, root="data", only=None,
+                    fitted=None)
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
         if recipe in ("small", "scenes"):
             defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
-    taken = ["root", "pool", "patch_size"]
+    taken = ["root", "patch_size"]
+    if run.get("head") != "segment":
+        taken.append("pool")
     if not trains or recipe == "small" or head == "classify" and not maps:
         taken.append("img_size")  # else it is the recipe's
     if not trains:
@@ -221,7 +226,7 @@ def open_run(weights, chosen, trains=False):
     if data == run.get("data"):
         taken.append("only")
     defaults.update((name, run[name]) for name in taken if name in run)
-    if trains and folder and head == "classify":
+    if trains and folder:
         defaults = for_labels(defaults, chosen)
     return held, run, defaults
 
@@ -229,10 +234,10 @@ def open_run(weights, chosen, trains=False):
 def usual_recipe(head, run, data, model, img_size, trains):
     """The recipe for what a command line says, if that does not name one."""
     paper = getattr(degrade.TASKS.get(run.get("task")), "paper", "BM")
-    if head == "segment":
-        return f"ade_{paper.lower()}" if pretrain.kind_of(data) == "folder" else "scenes"
     if pretrain.is_small(data, model, img_size or run.get("img_size")):
-        return "small"
+        return "scenes" if head == "segment" else "small"
+    if head == "segment":
+        return f"ade_{paper.lower()}"
     if trains and not models.MODELS[model].family.tokens:
         return "rsb_a3"
     return "deit" if paper == "A2" else "bm"
@@ -241,19 +246,21 @@ def usual_recipe(head, run, data, model, img_size, trains):
 def for_labels(defaults, chosen):
     """The recipe for as many labelled images as are trained on."""
     only = tuple(chosen.only or defaults["only"] or ())
-    files, _ = pretrain.image_files(pretrain.inner(defaults["data"], "train"), True, only)
+    labelled = defaults["head"] == "classify"
+    files, _ = pretrain.image_files(pretrain.inner(defaults["data"], "train"), labelled, only)
     images = len(files)
     if chosen.labels:
         images = chosen.labels * len({name.split(b"/")[0] for name in files})
     return pretrain.for_size(defaults, images, chosen.batch_size)
 
 
-def encoder_options(o):
-    """What finetune.py, probe.py and analyze.py ask about an encoder."""
+def encoder_options(o, pools=True):
+    """What finetune.py, probe.py and analyze.py ask about an encoder. pools: it is of images."""
     o("--patch_size", type=positive_int, help="of a ViT")
-    o("--pool", choices=("cls", "mean"), help="the features of a ViT")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero")
-    o("--test_crop", type=share, help="side of the central part of an image that is measured")
+    if pools:
+        o("--pool", choices=("cls", "mean"), help="the features of a ViT")
+        o("--test_crop", type=share, help="side of the central part of an image that is measured")
 
 
 def first_options(o):
@@ -270,25 +277,26 @@ def options(argv=None):
     first = pretrain.Parser(add_help=False)
     first_options(first.add_argument)
     first.add_argument("--recipe", choices=RECIPES, help="default: small for small sets, models "
-                       "and sizes, rsb_a3 for a ResNet, deit for a run of A2's, bm for any other")
+                       "and sizes, rsb_a3 for a ResNet, deit for a run of A2's, bm for any other; "
+                       "scenes, ade_a2, ade_bm of --head segment")
     pretrain.batch_option(first.add_argument)
-    first.add_argument("--head", choices=LOSSES, default="classify", help="a class for an image, "
-                       "or for every pixel, where --crop is the image's scale")
+    first.add_argument("--head", choices=LOSSES, help="classify (default): a class for an image; "
+                       "segment: for every pixel, and --crop is the image's scale")
     first.add_argument("--eval", action="store_true", help="only measure --weights")
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)
     p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
-    encoder_options(o)
+    encoder_options(o, pools=defaults["head"] == "classify")
     pretrain.training_options(o)
     o("--optimizer", choices=OPTIMIZERS, help="AdamW or LAMB")
     o("--layer_decay", type=share, help="a layer's learning rate over the next one's, a ViT's")
     o("--drop_path", type=share, help="stochastic depth of the last layer")
     o("--schedule", choices=("cosine", "linear"), help="of the learning rate, down to 0")
-    if chosen.head == "segment":
+    if defaults["head"] == "segment":
         o("--width", type=positive_int, help="of UperNet")
         o("--auxiliary", type=not_negative, help="weight of the loss on the third map alone")
-        o("--num_classes", type=positive_int, help="of a folder's annotations")
+        o("--num_classes", type=positive_int, help="of a folder's annotations, at most 255")
     else:
         o("--loss", choices=("ce", "bce"), help="cross-entropy, or binary for each class")
         o("--smoothing", type=share, help="of the labels")
@@ -318,10 +326,13 @@ def settle(args, process, data):
     """What follows from the options and the data: the share of each process, the folder."""
     if args.eval:
         args.batch_size, args.accum = process.world, 1  # there are no steps
-    check(args.head == "classify" or not args.labels, "--labels: of a class for an image")
+    tokens = models.MODELS[args.model].family.tokens
+    check(tokens or args.layer_decay == 1, "--layer_decay: a ResNet has none")
     pretrain.share_out(args, process, data)
+    check(args.head == "classify" or args.eval or args.micro_batch * process.world > 1,
+          "--head segment: its batch norm takes two images at once, or more")
     pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args))
-    check(not args.test_size or not models.MODELS[args.model].family.tokens,
+    check(not args.test_size or not tokens,
           f"--test_size {args.test_size}: a ViT is measured at --img_size")
     odd = args.micro_batch % 2 and (args.mixup or args.cutmix)
     check(args.eval or not odd, f"mixup pairs images, {args.micro_batch} at once are odd: choose "
@@ -364,6 +375,7 @@ class PixelSet(pretrain.FolderSet):
     labelled. Of `scenes`, or of a folder in ADE20K's layout: DIR/images/{training,validation}/...
     and DIR/annotations/{training,validation}/...png, of 1 and on, 0 not labelled.
     """
+    planes = 4
 
     def __init__(self, data, train, classes):
         self.scenes = None
@@ -374,8 +386,15 @@ class PixelSet(pretrain.FolderSet):
             self.classes = ["ground", *pretrain.SHAPES]
             self.labels = torch.zeros(n)
         else:
-            super().__init__(os.path.join(data, "images", "training" if train else "validation"))
+            split = "training" if train else "validation"
+            super().__init__(os.path.join(data, "images", split))
+            self.annotations = os.path.join(data, "annotations", split)
+            absent = [x for x in map(self.annotation, range(len(self))) if not x.exists()]
+            check(not absent, f"{len(absent)} images have no annotation, such as {absent[:1]}")
             self.classes = [str(i) for i in range(1, classes + 1)]
+
+    def annotation(self, index):
+        return Path(self.annotations, os.fsdecode(self.names[index])).with_suffix(".png")
 
     def path(self, index):
         return f"scene {index}" if self.scenes else super().path(index)
@@ -386,11 +405,12 @@ class PixelSet(pretrain.FolderSet):
             image = self.scenes.drawn(torch.tensor([index]))[0]
             kinds = F.pad(self.scenes.kinds[index] + 1, (1, 0)).to(torch.uint8)
             return torch.cat([image[:3], kinds[image[3:].long()]])
-        image = super().read(index)
-        path = Path(self.path(index))
-        path = Path(str(path.parent).replace("images", "annotations")) / f"{path.stem}.png"
+        image, path = super().read(index), self.annotation(index)
+        with Image.open(self.path(index)) as picture:
+            if picture.getexif().get(0x0112, 1) != 1:
+                raise ValueError("EXIF turns it, and not its annotation: save it upright")
         with Image.open(path) as picture:
-            labels = torch.from_numpy(np.array(picture))
+            labels = torch.from_numpy(np.array(picture).astype(np.int64))
         if labels.shape != image.shape[1:] or labels.max() > len(self.classes):
             raise ValueError(f"{path} is {tuple(labels.shape)} of 0 .. {labels.max()}, for an "
                              f"image of {tuple(image.shape[1:])} and {len(self.classes)} classes")
@@ -420,8 +440,10 @@ class PixelSet(pretrain.FolderSet):
             try:
                 image = self.read(index)
             except Exception as error:
-                self.bad[f"{self.path(index)}: {error}"] = -1
-                tqdm.write(f"skipped {self.path(index)}: {error}", file=sys.stderr)
+                what = f"{self.path(index)}: {error}"
+                if what not in self.bad:
+                    tqdm.write(f"skipped {what}", file=sys.stderr)
+                self.bad[what] = -1
                 continue
             if images and (len(images) == at_once or image.shape != images[0].shape):
                 yield torch.stack(images)
@@ -440,6 +462,10 @@ def resized(images, short):
 
 def pixel_data(args, process):
     """The images to train on, and those to measure."""
+    check(not args.labels and not args.only, "--labels, --classes: not of --head segment")
+    check(args.data == "scenes" or os.path.isdir(f"{args.data}/annotations"), f"--head segment: "
+          f"{args.data} is not scenes, nor a folder with images/ and annotations/")
+    check(args.num_classes < 256, f"--num_classes {args.num_classes}: at most 255")
     sets = [PixelSet(args.data, train, args.num_classes) for train in (True, False)]
     for data in sets:
         copies = pretrain.gather(data.contents, process)
@@ -534,7 +560,11 @@ def with_head(args, weights, data, says):
               "fine-tuned run, and the --data it was made for"
     if dense and args.eval:
         check(weights and weights.get("config", {}).get("head") == "segment", missing)
-        model.load_state_dict(weights["model"])
+        models.load_weights(encoder, weights)
+        rest = {k: x for k, x in weights["model"].items() if "pyramid.encoder." not in k}
+        own = model.state_dict()
+        check(all(k in own and own[k].shape == x.shape for k, x in rest.items()), missing)
+        model.load_state_dict(rest, strict=False)
     elif weights is not None:
         loaded = models.load_weights(encoder, weights, head=args.eval)
         check(not (args.eval and loaded.missing), missing)
@@ -604,6 +634,8 @@ def evaluate_pixels(model, data, args, process, amp):
     model.train()
     *confusion, read = sum_over_processes([*confusion.tolist(), read], process)
     pretrain.refuse_bad(data, len(data) - read, process)
+    if not sum(confusion):
+        raise pretrain.Failed("no pixel of the images to measure is labelled")
     return dict(**iou(torch.tensor(confusion).view(n, n)), images=int(read))
 
 
@@ -637,6 +669,8 @@ def pixel_sheet(model, data, args, device, amp, count=8):
         maps = [colors[x.long()].permute(0, 3, 1, 2) for x in (images[:, 3], found)]
         square = [degrade.center_crop(x, min(x.shape[2:])) for x in (images[:, :3] / 255, *maps)]
         rows.append([F.interpolate(x, (192, 192), mode="nearest-exact") for x in square])
+    if not rows:
+        return
     columns = [torch.cat(column) for column in zip(*rows)]
     half = [column[i::2] for i in (0, 1) for column in columns]
     page = degrade.sheet(half, ["image", "classes", "found"] * 2)

@@ -599,8 +599,9 @@ class UperNet(nn.Module):
         self.smooth = nn.ModuleList(unit(width, width, 3) for _ in lower)
         self.join = unit(4 * width, width, 3)
         self.classify = nn.Conv2d(width, classes, 1)
-        self.auxiliary = nn.Sequential(unit(lower[-1], width // 2, 3),
-                                       nn.Conv2d(width // 2, classes, 1))  # A2's, in training
+        half = max(1, width // 2)
+        self.auxiliary = nn.Sequential(unit(lower[-1], half, 3),
+                                       nn.Conv2d(half, classes, 1))  # A2's, in training
 
     def forward(self, images, drop=None):
         """images (B, C, H, W) in [0, 1] -> scores (B, classes, H, W); in training also those of

@@ -399,7 +399,8 @@ def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
     check(len(args.img_size) < 3, f"--img_size takes one or two numbers, not {len(args.img_size)}")
     args.img_size = [args.img_size[0], args.img_size[-1]]
-    check(0 < args.crop[0] <= args.crop[1], f"--crop {args.crop}: give a smaller and a larger area")
+    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it is a scale
+    check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
     batch, world = args.batch_size, process.world
     ways = [args.accum] if args.accum else range(1, batch + 1)
     ways = [a for a in ways if batch % (world * a) == 0]
@@ -712,9 +713,12 @@ class MemorySet:
 
 
 def inner(data, split):
-    """A folder's own folder for a split, or all of it. `train` without `val` is a class, if a
-    folder beside it holds images.
+    """A folder's own folder for a split (also in ADE20K's layout), or all of it. `train` without
+    `val` is a class, if a folder beside it holds images.
     """
+    ade = os.path.join(data, "images", dict(train="training", val="validation")[split])
+    if os.path.isdir(ade) and os.path.isdir(os.path.join(data, "annotations")):
+        return ade  # its annotations are pictures too
     folder, beside = os.path.join(data, split), []
     if os.path.isdir(folder) and not os.path.isdir(os.path.join(data, "val")):
         beside = next(os.walk(data, onerror=unreadable))[1]
@@ -773,7 +777,7 @@ def ignore_signals(_):
 
 class FolderSet(Dataset):
     """All images below a folder, read by loader processes. labelled: folder/<class>/... only."""
-    channels = 3
+    channels = planes = 3  # of the images; of what is read
 
     def __init__(self, folder, labelled=False, classes=None, only=None):
         self.folder, self.bad = folder, {}  # bad: what cannot be read, its last epoch
@@ -816,7 +820,7 @@ class FolderSet(Dataset):
             except Exception as error:  # Pillow's plug-ins raise whatever they like
                 unread = unread or f"{self.path(position % len(self))}: {error}"
         else:
-            return torch.zeros(3, *size, dtype=torch.uint8), -1, epoch, unread
+            return torch.zeros(self.planes, *size, dtype=torch.uint8), -1, epoch, unread
         view = self.view(image, index, epoch, size, scale, seed)
         if augment:
             view = augment(view, seeded(seed, AUGMENT, epoch, index))

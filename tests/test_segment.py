@@ -34,10 +34,10 @@ def ade(tmp_path):
             labels = np.ones((h, w), np.uint8)
             labels[h // 2:], labels[:, :5] = 2, 0
             for kind, pixels in (("images", labels * 90), ("annotations", labels)):
-                folder = tmp_path / "ade" / kind / split
+                folder = tmp_path / "images" / "ade" / kind / split
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "ade"
+    return tmp_path / "images" / "ade"
 
 
 def segment(*argv):
@@ -159,20 +159,41 @@ def test_a_label_map_that_does_not_fit_is_named(ade, tmp_path, capfd):
     assert "annotations/validation/0.png is (50, 40) of 0 .. 9" in said and "7 classes" in said
 
 
+@pytest.mark.parametrize("flags, says", [
+    ("--labels 3", "--labels"), ("--num_classes 300", "at most 255"),
+    ("--batch_size 1", "batch norm"),
+    ("--data shapes", "nor a folder with images/ and annotations/"),
+    ("--eval --weights none", "has no head for"),
+    ("--model resnet18 --img_size 64 --layer_decay 0.5", "a ResNet has none")])
+def test_what_is_refused(flags, says, few_scenes, tmp_path, capfd):
+    assert segment("--data", "scenes", *flags.split(), "--out", tmp_path / "run") == 2
+    assert says in capfd.readouterr().err
+
+
+def test_an_image_without_annotation_is_refused(ade, tmp_path, capfd):
+    """Before anything is trained. Pre-training does not take annotations for images."""
+    assert len(pretrain.image_files(pretrain.inner(str(ade), "train"))[0]) == 9
+    (ade / "annotations/validation/3.png").unlink()
+    assert segment("--data", ade, "--out", tmp_path / "run") == 2
+    assert "annotations/validation/3.png" in capfd.readouterr().err
+
+
 # --- The run ---
 
 @pytest.mark.parametrize("flags, want", [
-    ("--data DIR", dict(recipe="ade_bm", img_size=[512, 512], batch_size=16, layer_decay=0.75)),
-    ("--data DIR --recipe ade_a2", dict(epochs=100, relative_positions=True, crop=[0.5, 2.0])),
+    ("--data DIR --model vit_micro", dict(recipe="scenes", img_size=[48, 48], epochs=17778)),
+    ("--data DIR --recipe ade_bm", dict(img_size=[512, 512], batch_size=16, layer_decay=0.75)),
+    ("--data DIR --recipe ade_a2", dict(batch_size=16, relative_positions=True, crop=[0.5, 2.0])),
     ("", dict(recipe="scenes", data="scenes", img_size=[48, 48])),
     ("--model resnet18", dict(recipe="scenes", img_size=[64, 64], layer_decay=1))])
 def test_recipes(flags, want, ade, few_scenes):
-    """BM 4.4: 160,000 steps of 16. A2 A.3: 100 epochs of 16."""
+    """BM 4.4: 160,000 steps of 16. A2 A.3: 100 epochs of 16. Nine images get 5,000 steps."""
     args, _, _ = finetune.options(["--head", "segment", *flags.replace("DIR", str(ade)).split()])
     args.img_size = [args.img_size[0], args.img_size[-1]]
     assert want.items() <= vars(args).items()
-    if want.get("recipe") == "ade_bm":
-        assert round(args.epochs * 20210 / 16) == 160000
+    if args.recipe == "ade_bm":
+        assert args.epochs == -(-5000 * 16 // 9)
+        assert round(finetune.RECIPES["ade_bm"]["epochs"] * 20210 / 16) == 160000
         assert args.lr * 16 / 256 == pytest.approx(4e-4)
 
 
@@ -187,7 +208,7 @@ def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
     assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found["miou"] <= 100
     assert (tmp_path / "run/found.png").exists()
     assert [line["step"] for line in log_of(tmp_path / "run") if "miou" in line] == [2, 4]
-    argv = ["--head", "segment", "--eval", "--weights", tmp_path / "run", "--amp", "off", "--out"]
+    argv = ["--eval", "--weights", tmp_path / "run", "--amp", "off", "--out"]
     assert pretrain.command(finetune.main, [*map(str, argv), str(tmp_path / "eval")]) == 0
     assert result_of(tmp_path / "eval")["miou"] == found["miou"]
 
