@@ -121,6 +121,7 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
         real *= frequency_weight(real[..., 0] ** 2 + real[..., 1] ** 2, alpha)[..., None]
         G = torch.fft.irfft2(spectrum, s=error.shape[2:], norm="ortho")
         value = (compared * G).mean()
+        # 0 where it is not counted: the same as detaching the prediction there
         G = (G if counted is None else G * counted).expand_as(error)
     slope = torch.dot(error.flatten(), G.flatten()) / error.numel()
     return value + 2 * (slope - slope.detach())  # adds 0 to the value, the gradient 2 G

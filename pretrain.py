@@ -188,8 +188,8 @@ def kind_of(data):
 
 
 def recipe(chosen):
-    """The defaults for what is read first: the paper's on a folder of images, fitted to their
-    number. Small ones for what is small.
+    """The defaults for what is read first: the paper's, its exceptions, those of small sets and of
+    what is small, and those for the number of images in a folder. The later wins.
     """
     data, model, kind = chosen.data, chosen.model, kind_of(chosen.data)
     paper = degrade.TASKS[chosen.task].paper
