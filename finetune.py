@@ -380,7 +380,7 @@ class PixelSet(pretrain.FolderSet):
     def __init__(self, data, train, classes):
         self.scenes = None
         if data == "scenes":
-            self.scenes = pretrain.Scenes(10000 if train else 500, seed=int(not train))
+            self.scenes = pretrain.built_in_scenes(train)
             n = len(self.scenes.kinds)
             self.names, self.bad, self.found = np.arange(n), {}, f"{n:,} scenes"
             self.classes = ["ground", *pretrain.SHAPES]
@@ -432,7 +432,6 @@ class PixelSet(pretrain.FolderSet):
         for view, _ in super().batches(*args, **more):
             yield view[:, :3], (view[:, 3] * 255).round().long()
 
-
     def whole(self, rows, at_once=16):
         """The images of these rows that can be read, as they are, (k, 4, H, W) of one size."""
         images = []
@@ -440,10 +439,7 @@ class PixelSet(pretrain.FolderSet):
             try:
                 image = self.read(index)
             except Exception as error:
-                what = f"{self.path(index)}: {error}"
-                if what not in self.bad:
-                    tqdm.write(f"skipped {what}", file=sys.stderr)
-                self.bad[what] = -1
+                self.skip(f"{self.path(index)}: {error}", -1)
                 continue
             if images and (len(images) == at_once or image.shape != images[0].shape):
                 yield torch.stack(images)
@@ -468,8 +464,7 @@ def pixel_data(args, process):
     check(args.num_classes < 256, f"--num_classes {args.num_classes}: at most 255")
     sets = [PixelSet(args.data, train, args.num_classes) for train in (True, False)]
     for data in sets:
-        copies = pretrain.gather(data.contents, process)
-        check(len(set(copies)) == 1, f"processes see other images in {args.data}")
+        pretrain.same_copies(data, args.data, process)
     return sets
 
 

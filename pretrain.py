@@ -844,15 +844,19 @@ class FolderSet(Dataset):
         view = F.interpolate(view, size, mode="bicubic", antialias=True)[0]
         return view.flip(2) if epoch >= 0 and u[0, 22] < 0.5 else view
 
+    def skip(self, what, epoch):
+        """What cannot be read is named once, and remembered with its last epoch."""
+        if what not in self.bad:
+            tqdm.write(f"skipped {what}", file=sys.stderr)
+        self.bad[what] = epoch
+
     def _load(self, items, device, workers):
         loader = DataLoader(self, batch_sampler=items, num_workers=workers,
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
         for view, index, epoch, unread in loader:
             for what, last in zip(unread, epoch.tolist()):
-                if what and what not in self.bad:
-                    tqdm.write(f"skipped {what}", file=sys.stderr)
                 if what:
-                    self.bad[what] = last
+                    self.skip(what, last)
             view, left = view.to(device, non_blocking=True).float() / 255, index >= 0
             if not left.all():
                 if epoch.max() >= 0:
@@ -881,7 +885,7 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     check(kind == "folder" or not args.only, f"--classes: {args.data} is no folder")
     if args.data == "scenes":
         check(not labelled, "--data scenes: its images have no class, but --head segment")
-        drawn = Scenes(10000 if train else 500, seed=int(not train))
+        drawn = built_in_scenes(train)
         return MemorySet(drawn, torch.zeros(len(drawn.kinds)).long(), [], f"scenes {split}")
     if kind == "shapes":
         drawn = Drawn(30000, seed=0) if train else Drawn(5000, seed=1)
@@ -898,10 +902,15 @@ def load_data(args, process, split="train", labelled=False, classes=None):
           f"there is no {args.data}/{split}: labelled images are {args.data}/train/<class>/... and "
           f"{args.data}/val/<class>/...")
     data = FolderSet(folder, labelled, classes, only)
+    same_copies(data, folder, process)
+    return data
+
+
+def same_copies(data, folder, process):
+    """The images of a set are the same for all processes, by count and names."""
     copies = gather(data.contents, process)
     check(len(set(copies)) == 1, f"processes see other images in {folder}, by count and names: "
           + ", ".join(f"rank {rank} {contents}" for rank, contents in enumerate(copies)))
-    return data
 
 
 def torchvision_set(args, process, train, labelled):
@@ -1053,6 +1062,10 @@ class Scenes:
 
     def __getitem__(self, rows):
         return self.drawn(rows)[:, :3]
+
+
+def built_in_scenes(train):
+    return Scenes(10000 if train else 500, seed=int(not train))
 
 
 def draw_scene(numbers, shapes, size):
