@@ -641,13 +641,14 @@ def curve(run, *_):
 
     log, config = read(run.weights)
     check(any("loss" in line for line in log), f"{run.weights}: its log has no loss yet")
-    measure = "mean IoU" if any("miou" in x for x in log) else "top-1"
-    log = [dict(x, top1=x["miou"]) if "miou" in x else x for x in log]  # of --head segment
-    r = {k: [[x["epoch"], x[k]] for x in log if k in x] for k in ("loss", "top1")}
+    measures = dict(top1="top-1", miou="mean IoU", box_ap="box AP")
+    measure = next((k for k in measures if any(k in x for x in log)), "top1")
+    r = {k: [[x["epoch"], x[at]] for x in log if at in x]
+         for k, at in (("loss", "loss"), ("measured", measure))}
     r.update(last_loss=r["loss"][-1][1], task=config.get("task"), began_with=config["weights"])
-    if r["top1"]:
-        r.update(last_top1=r["top1"][-1][1], pretraining="none", pretraining_epochs=0.0,
-                 measure=measure)
+    if r["measured"]:
+        r.update(last=r["measured"][-1][1], pretraining="none", pretraining_epochs=0.0,
+                 measure=measures[measure])
         if Path(config["weights"], "log.jsonl").exists():
             log, before = read(config["weights"])
             r.update(pretraining=before.get("task"), pretraining_epochs=log[-1]["epoch"])
@@ -655,19 +656,19 @@ def curve(run, *_):
 
 
 def curve_panels(found):
-    of, paid = {k: [] for k in ("loss", "top1")}, {}
+    of, paid = {k: [] for k in ("loss", "measured")}, {}
     for label, r in found.items():
-        kind = "top1" if r["top1"] else "loss"
+        kind = "measured" if r["measured"] else "loss"
         of[kind].append((label, *zip(*r[kind]), None))
-        if r["top1"]:
+        if r["measured"]:
             task = f"{r['pretraining']}, {r['measure']}"
-            paid.setdefault(task, []).append((r["pretraining_epochs"], r["last_top1"]))
+            paid.setdefault(task, []).append((r["pretraining_epochs"], r["last"]))
     last = [(task, *zip(*sorted(points)), None) for task, points in paid.items()]
     panels = [dict(title="Training loss", x="epochs", y="loss, each task's own", lines=of["loss"]),
-              dict(title="While fine-tuning", x="epochs", y="top-1 accuracy or mean IoU, %",
-                  lines=of["top1"]),
+              dict(title="While fine-tuning", x="epochs", y="top-1 accuracy, mean IoU, box AP, %",
+                  lines=of["measured"]),
               dict(title="What pre-training pays", x="epochs of pre-training",
-                   y="top-1 or mean IoU after fine-tuning, %", lines=last)]
+                   y="the same after fine-tuning, %", lines=last)]
     return [panel for panel in panels if panel["lines"]]
 
 

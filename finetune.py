@@ -5,18 +5,21 @@
     torchrun --nproc_per_node=8 finetune.py --weights RUN --data /path/to/imagenet
     python finetune.py --weights FINE_TUNED_RUN --eval                  only measure
     python finetune.py --weights RUN --head segment                     a class for every pixel
-    torchrun --nproc_per_node=8 finetune.py --weights RUN --head segment --data /path/to/ade20k
+    python finetune.py --weights RUN --head detect                      boxes and masks of objects
+    torchrun --nproc_per_node=8 finetune.py --weights RUN --head detect --data /path/to/coco
 
 --weights is a folder that pretrain.py left (model, sizes and data are then that run's), a file with
 timm's, MAE's or torchvision's names, or none. Images are DIR/train/<class>/... and
-DIR/val/<class>/..., or a set by name; for --head segment the built-in `scenes`, ten minutes on two
-cores, or a folder like ADE20K's. BM sections 4.2, 4.4; A2 sections 5.2, 5.3, A.1, A.3, Table A2.
+DIR/val/<class>/..., or a set by name; for --head segment and detect the built-in `scenes`, some ten
+minutes on two cores, or a folder like ADE20K's or COCO's. BM sections 4.2, 4.4; A2 sections 5.2,
+5.3, A.1 to A.3, Table A2.
 
-The last line is JSON, also saved as result.json: top-1 and top-5, or mean IoU and pixel accuracy,
-in %, and the images measured.
+The last line is JSON, also saved as result.json: top-1 and top-5; mean IoU and pixel accuracy; or
+COCO's AP of boxes and masks; in %, and the images measured.
 """
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -28,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision import ops, utils
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -37,7 +41,7 @@ import pretrain
 from pretrain import (LABELS, check, learning_rate, load_data, not_negative, parameter_groups,
                       positive_int, precision, seeded, share, sum_over_processes)
 
-MIX, DROP = 100, 101  # further streams of random numbers
+MIX, DROP, SAMPLE = 100, 101, 102  # further streams of random numbers
 
 
 def main(argv=None):
@@ -45,10 +49,10 @@ def main(argv=None):
     args, weights, run = options(argv)
     process = pretrain.set_up(args.device)
     device, on_first, amp = process.device, process.rank == 0, precision(args, process.device)
-    if args.head == "segment":
-        data, val = pixel_data(args, process)
-    else:
+    if args.head == "classify":
         data, val = labelled_data(args, process, not args.eval, run.get("classes"))
+    else:
+        data, val = annotated_data(args, process)
     settle(args, process, data)
     evaluate = MEASURES[args.head]
 
@@ -80,7 +84,8 @@ def main(argv=None):
     clock, timed, waited = time.perf_counter(), 0, 0.0
     for step in range(start, args.total):
         # the learning rate
-        lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr, args.schedule)
+        lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr, args.schedule,
+                           args.drops)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
@@ -88,20 +93,24 @@ def main(argv=None):
         loss = 0.0
         for a, row in enumerate(first_rows):
             asked = time.perf_counter()
-            view, labels = next(views)  # (k, C, H, W) in [0, 1], (k,) or (k, H, W)
+            view, labels = next(views)  # (k, C, H, W) in [0, 1], (k,) or (k, H, W); or two lists
             waited += time.perf_counter() - asked
             drop = None
             if args.drop_path:
                 drop = models.drop_path(len(view), model.branches, args.drop_path,
                                         seeded(args.seed, DROP, step),
                                         (row, args.batch_size)).to(device)
+            more = []
+            if args.head == "detect":  # its losses are of boxes that are drawn at random
+                torch.manual_seed(seeded(args.seed, SAMPLE, step, row).initial_seed())
+                more = [labels]
             if args.head == "classify":
                 labels = F.one_hot(labels, len(data.classes)).float()  # (k, classes)
                 view, labels = mix(view, labels, args.mixup, args.cutmix,
                                    np.random.default_rng((args.seed, MIX, step)))
             with net.no_sync() if process.world > 1 and a < args.accum - 1 else nullcontext():
                 with torch.autocast(device.type, amp, enabled=amp is not None):
-                    scores = net(view, drop)
+                    scores = net(view, drop, *more)
                 micro_loss = LOSSES[args.head](scores, labels, args) / args.accum
                 scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
@@ -140,8 +149,8 @@ def main(argv=None):
             return pretrain.leave(received, process)
     bar.close()
     report(args, process, result or evaluate(model, val, args, process, amp))
-    if args.head == "segment":
-        pretrain.on_rank_0(lambda: pixel_sheet(model, val, args, device, amp), process)
+    if args.head != "classify":
+        pretrain.on_rank_0(lambda: found_sheet(model, val, args, device, amp), process)
 
 
 # --- Recipes and options ---
@@ -153,22 +162,36 @@ DEIT = dict(img_size=[224], patch_size=16, epochs=100, warmup_share=0.05, batch_
             at_once=64, optimizer="adamw", lr=2.5e-4, weight_decay=0.05, betas=[0.9, 0.999],
             clip=5.0, crop=[0.08, 1.0], layer_decay=0.65, drop_path=0.1, smoothing=0.1,
             rand_augment=[9, 0.5], random_erasing=0.0, mixup=0.8, cutmix=1.0, loss="ce",
-            pool="mean", test_size=0, test_crop=0.875, schedule="cosine")
+            pool="mean", test_size=0, test_crop=0.875, schedule="cosine", drops=[],
+            head="classify", num_classes=None)
 RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, weight_decay=0.02,
               clip=0.0, layer_decay=1.0, drop_path=0.0, smoothing=0.0, rand_augment=[6, 0.5],
               mixup=0.1, loss="bce", test_size=224, test_crop=0.95)
-PIXELS = dict(DEIT, img_size=[512], batch_size=16, at_once=16, clip=0.0, crop=[0.5, 2.0],
-              smoothing=0.0, rand_augment=[0, 0], mixup=0.0, cutmix=0.0, schedule="linear",
+DENSE = dict(DEIT, batch_size=16, at_once=16, clip=0.0, smoothing=0.0, rand_augment=[0, 0],
+             mixup=0.0, cutmix=0.0)
+PIXELS = dict(DENSE, head="segment", img_size=[512], crop=[0.5, 2.0], schedule="linear",
               width=512, auxiliary=0.4, num_classes=150)
+BOXES = dict(DENSE, head="detect", img_size=[800], crop=[0.6, 1.0], epochs=12, lr=3e-4 * 16,
+             schedule="step", drops=[9 / 12, 11 / 12], warmup_share=1000 / 88716, at_once=2,
+             layer_decay=0.75, width=256, neck="fpn", sampled=512)
 RECIPES = {
     # BM 4.4, A2 A.3 and its code, ADE20K; lr is absolute at 16 images. 1,500 steps of warm-up.
     "ade_bm": dict(PIXELS, epochs=160000 * 16 / 20210, warmup_share=1500 / 160000, lr=4e-4 * 16,
                    layer_decay=0.75),
     "ade_a2": dict(PIXELS, epochs=100, warmup_share=1500 * 16 / 2021000, lr=4e-4 * 16,
                    relative_positions=True),
-    "scenes": dict(PIXELS, img_size=[48], patch_size=4, epochs=4, warmup_share=0.05, lr=8e-3,
-                   at_once=32, batch_size=32, width=32, crop=[0.75, 1.5], drop_path=0.0,
-                   layer_decay=0.75),
+    # BM 4.4, A2 A.2, COCO; lr is absolute at 16 images, the warm-up detectron2's. A ResNet's is
+    # MoCo's.
+    "coco_bm": BOXES, "coco_a2": dict(BOXES, relative_positions=True),
+    "coco_c4": dict(BOXES, epochs=24, optimizer="sgd", lr=0.02 * 16, betas=[0.9, 0.0],
+                    weight_decay=1e-4, drops=[2 / 3, 8 / 9], warmup_share=100 / 180000,
+                    crop=[0.8, 1.0], drop_path=0.0, neck="c4"),
+    "scenes_pixels": dict(PIXELS, img_size=[48], patch_size=4, epochs=4, warmup_share=0.05,
+                          lr=8e-3, at_once=32, batch_size=32, width=32, crop=[0.75, 1.5],
+                          drop_path=0.0, layer_decay=0.75),
+    "scenes_boxes": dict(BOXES, img_size=[64], patch_size=4, epochs=1, warmup_share=0.05,
+                         lr=0.016, at_once=16, width=32, sampled=32, drop_path=0.0,
+                         save_every=250),
     "bm": dict(DEIT, lr=1e-3, clip=0.0, layer_decay=0.75, random_erasing=0.25, pool="cls"),
     "deit": DEIT, "rsb_a3": RSB_A3,
     # differs from the paper: its Table A2 has lr 1.5e-3. RSB and A2's published configuration have
@@ -194,7 +217,7 @@ def open_run(weights, chosen, trains=False):
     if hasattr(chosen, "head"):  # --eval: the run's
         head = chosen.head or not trains and run.get("head") or head
     data = chosen.data or run.get("data", "shapes")
-    if head == "segment" and not chosen.data and not os.path.isdir(f"{data}/annotations"):
+    if head != "classify" and not chosen.data and not os.path.isdir(f"{data}/annotations"):
         data = "scenes"
     folder = pretrain.kind_of(data) == "folder"
     model = chosen.model or run.get("model", "vit_base" if folder else "vit_micro")
@@ -202,7 +225,7 @@ def open_run(weights, chosen, trains=False):
     recipe = getattr(chosen, "recipe", None)
     recipe = recipe or usual_recipe(head, run, data, model, chosen.img_size, trains)
     check(maps or not recipe.startswith("rsb"), f"--recipe {recipe}: {model} is no ResNet")
-    check((head == "segment") == ("width" in RECIPES[recipe]), f"--recipe {recipe}: another --head")
+    check(head == RECIPES[recipe]["head"], f"--recipe {recipe}: another --head")
 
     # the recipe, what differs for a network of maps and for a folder, and what the run had
     defaults = {"relative_positions": False, **RECIPES[recipe]}
@@ -210,17 +233,18 @@ def open_run(weights, chosen, trains=False):
                     fitted=None)
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
-        if recipe in ("small", "scenes"):
+        if recipe == "small" or recipe.startswith("scenes"):
             defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
     taken = ["root", "patch_size"]
-    if run.get("head") != "segment":
+    if run.get("head", "classify") == "classify":
         taken.append("pool")
     if not trains or recipe == "small" or head == "classify" and not maps:
         taken.append("img_size")  # else it is the recipe's
     if not trains:
-        taken += ["test_size", "test_crop", "labels", "seed", "width", "num_classes"]
+        taken += ["test_size", "test_crop", "labels", "seed", "width", "num_classes", "neck",
+                  "sampled"]
     if run.get("relative_positions"):
         taken.append("relative_positions")
     if data == run.get("data"):
@@ -235,10 +259,13 @@ def usual_recipe(head, run, data, model, img_size, trains):
     """The recipe for what a command line says, if that does not name one."""
     paper = getattr(degrade.TASKS.get(run.get("task")), "paper", "BM")
     if pretrain.is_small(data, model, img_size or run.get("img_size")):
-        return "scenes" if head == "segment" else "small"
+        return dict(classify="small", segment="scenes_pixels", detect="scenes_boxes")[head]
+    maps = not models.MODELS[model].family.tokens
     if head == "segment":
         return f"ade_{paper.lower()}"
-    if trains and not models.MODELS[model].family.tokens:
+    if head == "detect":
+        return "coco_c4" if maps else f"coco_{paper.lower()}"
+    if trains and maps:
         return "rsb_a3"
     return "deit" if paper == "A2" else "bm"
 
@@ -276,12 +303,14 @@ def options(argv=None):
     """The command line, what the file of --weights holds, its run's configuration."""
     first = pretrain.Parser(add_help=False)
     first_options(first.add_argument)
-    first.add_argument("--recipe", choices=RECIPES, help="default: small for small sets, models "
-                       "and sizes, rsb_a3 for a ResNet, deit for a run of A2's, bm for any other; "
-                       "scenes, ade_a2, ade_bm of --head segment")
+    first.add_argument("--recipe", choices=RECIPES, metavar="RECIPE", help="small for small sets, "
+                       "models and sizes, rsb_a3 (rsb_a2) for a ResNet, deit for a run of A2's, bm "
+                       "for others; scenes_pixels, ade_a2, ade_bm of --head segment; "
+                       "scenes_boxes, coco_c4 for a ResNet, coco_a2, coco_bm of --head detect")
     pretrain.batch_option(first.add_argument)
     first.add_argument("--head", choices=LOSSES, help="classify (default): a class for an image; "
-                       "segment: for every pixel, and --crop is the image's scale")
+                       "segment: for every pixel; detect: boxes and masks of objects. For these "
+                       "--crop is an image's scale")
     first.add_argument("--eval", action="store_true", help="only measure --weights")
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)
@@ -289,12 +318,19 @@ def options(argv=None):
     o = p.add_argument
     encoder_options(o, pools=defaults["head"] == "classify")
     pretrain.training_options(o)
-    o("--optimizer", choices=OPTIMIZERS, help="AdamW or LAMB")
+    o("--optimizer", choices=OPTIMIZERS, help="sgd has the first of --betas for momentum")
     o("--layer_decay", type=share, help="a layer's learning rate over the next one's, a ViT's")
     o("--drop_path", type=share, help="stochastic depth of the last layer")
-    o("--schedule", choices=("cosine", "linear"), help="of the learning rate, down to 0")
-    if defaults["head"] == "segment":
-        o("--width", type=positive_int, help="of UperNet")
+    o("--schedule", choices=("cosine", "linear", "step"), help="of the learning rate, down to 0, "
+      "or to a tenth after each of --drops")
+    o("--drops", type=share, nargs="+", help="shares of the run")
+    if defaults["head"] != "classify":
+        o("--width", type=positive_int, help="of UperNet, or of the pyramid's maps")
+    if defaults["head"] == "detect":
+        o("--neck", choices=("fpn", "c4"), help="a pyramid, or a ResNet's third stage alone, the "
+          "fourth being the head of boxes and masks")
+        o("--sampled", type=positive_int, help="boxes of an image that the losses are of")
+    elif defaults["head"] == "segment":
         o("--auxiliary", type=not_negative, help="weight of the loss on the third map alone")
         o("--num_classes", type=positive_int, help="of a folder's annotations, at most 255")
     else:
@@ -305,7 +341,8 @@ def options(argv=None):
         o("--mixup", type=not_negative, help="alpha, 0: none")
         o("--cutmix", type=not_negative, help="alpha, 0: none")
         o("--test_size", type=int, help="measure a ResNet at this size; 0: --img_size")
-    o("--out", type=pretrain.folder_path, help="None: runs/finetune-WEIGHTS-DATA[-LABELS][-SEED]")
+    o("--out", type=pretrain.folder_path, help="None: runs/finetune-WEIGHTS-DATA[-LABELS][-HEAD]"
+      "[-SEED]")
     pretrain.machine_options(o)
     p.set_defaults(**defaults)
     return p.parse_args(argv), weights, run
@@ -329,9 +366,13 @@ def settle(args, process, data):
     tokens = models.MODELS[args.model].family.tokens
     check(tokens or args.layer_decay == 1, "--layer_decay: a ResNet has none")
     pretrain.share_out(args, process, data)
-    check(args.head == "classify" or args.eval or args.micro_batch * process.world > 1,
+    check(args.head != "segment" or args.eval or args.micro_batch * process.world > 1,
           "--head segment: its batch norm takes two images at once, or more")
-    pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args))
+    if args.head == "detect":
+        check(args.neck == "fpn" or not tokens, f"--neck c4: {args.model} is no ResNet")
+        check(not args.compile, "--compile: the sizes of --head detect change from step to step")
+    head = "" if args.head == "classify" else args.head
+    pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args, head))
     check(not args.test_size or not tokens,
           f"--test_size {args.test_size}: a ViT is measured at --img_size")
     odd = args.micro_batch % 2 and (args.mixup or args.cutmix)
@@ -370,34 +411,54 @@ def few_labels(data, k, seed):
     return data.keep(torch.cat(rows).sort().values)
 
 
-class PixelSet(pretrain.FolderSet):
-    """Images with a class for every pixel, which goes with them as a fourth channel. 255: it is not
-    labelled. Of `scenes`, or of a folder in ADE20K's layout: DIR/images/{training,validation}/...
-    and DIR/annotations/{training,validation}/...png, of 1 and on, 0 not labelled.
+class AnnotatedSet(pretrain.FolderSet):
+    """Images that are read with their annotations: of `scenes`, or of a folder that `open` knows.
+    classes: how many a folder has, where its annotations do not say it.
     """
-    planes = 4
 
     def __init__(self, data, train, classes):
-        self.scenes = None
+        self.scenes, self.bad = None, {}  # bad: as FolderSet's
         if data == "scenes":
-            self.scenes = pretrain.built_in_scenes(train)
-            n = len(self.scenes.kinds)
-            self.names, self.bad, self.found = np.arange(n), {}, f"{n:,} scenes"
-            self.classes = ["ground", *pretrain.SHAPES]
-            self.labels = torch.zeros(n)
+            self.scenes, self.classes = pretrain.built_in_scenes(train), self.of_scenes
+            self.names = np.arange(len(self.scenes.kinds))
+            self.found = f"{len(self):,} scenes"
         else:
-            split = "training" if train else "validation"
-            super().__init__(os.path.join(data, "images", split))
-            self.annotations = os.path.join(data, "annotations", split)
-            absent = [x for x in map(self.annotation, range(len(self))) if not x.exists()]
-            check(not absent, f"{len(absent)} images have no annotation, such as {absent[:1]}")
-            self.classes = [str(i) for i in range(1, classes + 1)]
-
-    def annotation(self, index):
-        return Path(self.annotations, os.fsdecode(self.names[index])).with_suffix(".png")
+            self.open(data, train, classes)
+        self.labels = torch.zeros(len(self))
 
     def path(self, index):
         return f"scene {index}" if self.scenes else super().path(index)
+
+    def readable(self, rows):
+        """(index, what `read` returns) of each of these rows that can be read."""
+        for index in rows:
+            try:
+                image = self.read(index)
+            except Exception as error:
+                self.skip(f"{self.path(index)}: {error}", -1)
+                continue
+            yield index, image
+
+
+class PixelSet(AnnotatedSet):
+    """Images with a class for every pixel, which goes with them as a fourth channel. 255: it is not
+    labelled. A folder is in ADE20K's layout: DIR/images/{training,validation}/... and
+    DIR/annotations/{training,validation}/...png, of 1 and on, 0 not labelled.
+    """
+    planes, of_scenes = 4, ["ground", *pretrain.SHAPES]
+
+    def open(self, data, train, classes):
+        check(os.path.isdir(f"{data}/annotations"), f"--head segment: {data} is not scenes, nor a "
+              "folder with images/ and annotations/")
+        split = "training" if train else "validation"
+        pretrain.FolderSet.__init__(self, os.path.join(data, "images", split))
+        self.annotations = os.path.join(data, "annotations", split)
+        absent = [x for x in map(self.annotation, range(len(self))) if not x.exists()]
+        check(not absent, f"{len(absent)} images have no annotation, such as {absent[:1]}")
+        self.classes = [str(i) for i in range(1, classes + 1)]
+
+    def annotation(self, index):
+        return Path(self.annotations, os.fsdecode(self.names[index])).with_suffix(".png")
 
     def read(self, index):
         """(4, H, W) uint8."""
@@ -435,18 +496,167 @@ class PixelSet(pretrain.FolderSet):
     def whole(self, rows, at_once=16):
         """The images of these rows that can be read, as they are, (k, 4, H, W) of one size."""
         images = []
-        for index in rows:
-            try:
-                image = self.read(index)
-            except Exception as error:
-                self.skip(f"{self.path(index)}: {error}", -1)
-                continue
+        for _, image in self.readable(rows):
             if images and (len(images) == at_once or image.shape != images[0].shape):
                 yield torch.stack(images)
                 images = []
             images.append(image)
         if images:
             yield torch.stack(images)
+
+
+class BoxSet(AnnotatedSet):
+    """Images with objects, a dict of boxes (n, 4) as left, top, right, bottom, labels (n,) from 1
+    on, masks (n, H, W) uint8, crowd (n,) bool, area (n,). A folder is in COCO's layout:
+    DIR/annotations/instances_{train,val}2017.json and DIR/{train,val}2017/.
+    """
+    of_scenes = [*pretrain.SHAPES]
+
+    def open(self, data, train, classes):
+        split = "train" if train else "val"
+        self.file, self.folder = pretrain.coco_file(data, split), pretrain.inner(data, split)
+        check(self.file, f"--head detect: {data} is not scenes, nor a folder with annotations/"
+              f"instances_{split}2017.json")
+        try:
+            held = json.loads(self.file.read_bytes())
+            images = {x["id"]: dict(name=x["file_name"], size=[x["height"], x["width"]], objects=[])
+                      for x in sorted(held["images"], key=lambda x: x["id"])}
+            kinds = sorted(held["categories"], key=lambda kind: kind["id"])
+            number = {kind["id"]: i for i, kind in enumerate(kinds, 1)}
+            for a in held["annotations"]:
+                few = {key: a.get(key) for key in ("id", "bbox", "segmentation", "iscrowd", "area")}
+                few["left"], few["top"], few["width"], few["height"] = few.pop("bbox")
+                images[a["image_id"]]["objects"].append(dict(few, label=number[a["category_id"]]))
+            self.classes = [kind["name"] for kind in kinds]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.file} is not of COCO's format: {type(error).__name__} {error}")
+
+        passed = 0
+        for image in images.values():
+            H, W = image["size"]
+            for a in image["objects"]:
+                right, bottom = a["left"] + a["width"], a["top"] + a["height"]
+                check(min(a["left"], a["top"]) >= -1 and right <= W + 1 and bottom <= H + 1,
+                      f"{self.file}: the box of object {a['id']} is not within its {W} x {H} image")
+            if train:  # on all but crowds, and boxes of no size
+                objects = [a for a in image["objects"] if not a["iscrowd"]
+                           and a["width"] > 0 and a["height"] > 0]
+                passed += len(image["objects"]) - len(objects)
+                image["objects"] = objects
+        kept = [image for image in images.values() if image["objects"] or not train]
+        check(kept, f"{self.file} has no objects")
+        self.names = np.array([os.fsencode(image["name"]) for image in kept])
+        self.found = (f"{len(kept):,} images in {self.folder} ({len(images) - len(kept):,} without "
+                      f"objects, {passed:,} crowds and empty boxes left out)")
+        check(os.path.exists(self.path(0)), f"{self.path(0)} of {self.file} is not there")
+        lines = [json.dumps(image).encode() for image in kept]  # one block, not a million objects
+        self.lines = np.frombuffer(b"".join(lines), np.uint8)
+        self.ends = np.cumsum([0, *map(len, lines)])
+
+    def read(self, index):
+        """(3, H, W) uint8, its objects."""
+        if self.scenes:
+            image, kinds = self.scenes.drawn(torch.tensor([index]))[0], self.scenes.kinds[index]
+            which = torch.tensor([i for i in range(1, 5) if (image[3] == i).any()])  # not hidden
+            masks = image[3] == which[:, None, None]
+            boxes = ops.masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+            return image[:3], dict(boxes=boxes, labels=kinds[which - 1] + 1, masks=masks.byte(),
+                                   crowd=torch.zeros(len(which)).bool(), area=masks.sum((1, 2)))
+        image = super().read(index)
+        record = json.loads(self.lines[slice(*self.ends[index:index + 2])].tobytes())
+        objects, size = record["objects"], [*image.shape[1:]]
+        if record["size"] != size:
+            raise ValueError(f"it is {size} high and wide, in {self.file} {record['size']}")
+        masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
+        for mask, a in zip(masks, objects):
+            try:
+                mask |= torch.from_numpy(mask_of(a["segmentation"], *size))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"the mask of object {a['id']} of {self.file}: {error}")
+        boxes = torch.tensor([[a["left"], a["top"], a["width"], a["height"]] for a in objects])
+        boxes = boxes.view(-1, 4).float()
+        boxes[:, 2:] += boxes[:, :2]
+        area = [mask.sum() if a["area"] is None else a["area"] for mask, a in zip(masks, objects)]
+        return image, dict(boxes=boxes, labels=torch.tensor([a["label"] for a in objects]).long(),
+                           masks=masks, crowd=torch.tensor([a["iscrowd"] == 1 for a in objects]).bool(),
+                           area=torch.tensor(area))
+
+    def view(self, item, index, epoch, size, scale, seed):
+        """Scaled at random, where its short side at 1 is the view's; flipped."""
+        image, objects = item
+        u = torch.rand(2, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
+        H, W = image.shape[1:]
+        short, longest = (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size), LONGER * min(size)
+        by = min(short / min(H, W), longest / max(H, W))
+        h, w = (max(1, round(side * by)) for side in (H, W))
+        image = F.interpolate(image[None], (h, w), mode="bilinear", antialias=True)[0]
+        masks = F.interpolate(objects["masks"][None], (h, w), mode="nearest-exact")[0]
+        boxes = objects["boxes"] * torch.tensor([w / W, h / H, w / W, h / H])
+        if u[1] < 0.5:
+            image, masks = image.flip(2), masks.flip(2)
+            boxes = torch.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], dim=1)
+        return image, dict(boxes=boxes, labels=objects["labels"], masks=masks)
+
+    @staticmethod
+    def collate(items):
+        views, index, epoch, unread = zip(*items)
+        return views, torch.tensor(index), torch.tensor(epoch), unread
+
+    def to_device(self, views, device):
+        return [(image.to(device, non_blocking=True).float() / 255,
+                 {name: x.to(device, non_blocking=True) for name, x in objects.items()})
+                for image, objects in views]
+
+    def batches(self, *args, **more):
+        """As MemorySet.batches, with lists of images of several sizes and of their objects."""
+        for pairs, _ in super().batches(*args, **more):
+            images, objects = zip(*pairs)
+            yield list(images), list(objects)
+
+
+LONGER = 1333 / 800  # of an image that a detector sees: the longest side over --img_size
+
+
+def mask_of(segmentation, height, width):
+    """COCO's polygons, or run lengths that are not compressed -> (height, width) uint8."""
+    if isinstance(segmentation, dict):
+        size, counts = segmentation["size"], segmentation["counts"]
+        if size != [height, width]:
+            raise ValueError(f"it is {size} high and wide, its image {[height, width]}")
+        if isinstance(counts, str):
+            raise ValueError("its run lengths are compressed: decode them with pycocotools")
+        inside = np.repeat(np.arange(len(counts)) % 2, counts)
+        return inside.reshape(width, height).T.astype(np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    for points in segmentation:
+        mask |= polygon(points, height, width)
+    return mask
+
+
+def polygon(points, height, width):
+    """The pixels inside a polygon [x, y, x, y ...], as COCO's own code rounds: the outline goes in
+    steps of a fifth of a pixel, and where it crosses the middle of a column all pixels that follow
+    in the order of columns change sides.
+    """
+    corners = (5 * np.array(points, float).reshape(-1, 2) + 0.5).astype(int)
+    walk = []
+    for start, end in zip(corners, np.roll(corners, -1, axis=0)):
+        steps = np.abs(end - start)
+        along = int(steps[0] < steps[1])  # the axis of the larger step
+        back = start[along] > end[along]
+        (low, high), n = (end, start) if back else (start, end), steps[along]
+        t = np.arange(n + 1)
+        slope = (high[1 - along] - low[1 - along]) / max(n, 1)
+        places = [low[along] + t, (low[1 - along] + slope * t + 0.5).astype(int)]
+        places = np.stack(places[::-1] if along else places)
+        walk.append(places[:, ::-1] if back else places)
+    u, v = np.concatenate(walk, axis=1)
+    crossing = np.flatnonzero(u[1:] != u[:-1])
+    x, y = (np.minimum(z[crossing], z[crossing + 1]) for z in (u, v))
+    middle = (x % 5 == 2) & (x // 5 >= 0) & (x // 5 < width)
+    x, y = x[middle] // 5, np.ceil(np.clip((y[middle] + 0.5) / 5 - 0.5, 0, height)).astype(int)
+    changes = np.bincount(x * height + y, minlength=height * width + 1)[:height * width]
+    return (changes.cumsum() % 2).reshape(width, height).T.astype(np.uint8)
 
 
 def resized(images, short):
@@ -456,13 +666,13 @@ def resized(images, short):
     return torch.cat([pixels, F.interpolate(images[:, 3:], size, mode="nearest-exact")], dim=1)
 
 
-def pixel_data(args, process):
+def annotated_data(args, process):
     """The images to train on, and those to measure."""
-    check(not args.labels and not args.only, "--labels, --classes: not of --head segment")
-    check(args.data == "scenes" or os.path.isdir(f"{args.data}/annotations"), f"--head segment: "
-          f"{args.data} is not scenes, nor a folder with images/ and annotations/")
-    check(args.num_classes < 256, f"--num_classes {args.num_classes}: at most 255")
-    sets = [PixelSet(args.data, train, args.num_classes) for train in (True, False)]
+    check(not args.labels and not args.only, f"--labels, --classes: not of --head {args.head}")
+    check((args.num_classes or 0) < 256, f"--num_classes {args.num_classes}: at most 255")
+    kind = dict(segment=PixelSet, detect=BoxSet)[args.head]
+    sets = [kind(args.data, train, args.num_classes) for train in (True, False)]
+    check(sets[0].classes == sets[1].classes, f"{args.data} has other classes than are trained on")
     for data in sets:
         pretrain.same_copies(data, args.data, process)
     return sets
@@ -536,27 +746,36 @@ def pixel_loss(scores, labels, args):
     return main + args.auxiliary * auxiliary
 
 
-LOSSES = {"classify": class_loss, "segment": pixel_loss}
+def box_loss(losses, *_):
+    """The sum of Mask R-CNN's five."""
+    return sum(losses.values())
+
+
+LOSSES = {"classify": class_loss, "segment": pixel_loss, "detect": box_loss}
 
 
 def with_head(args, weights, data, says):
     """The encoder with its weights and a fresh head. --eval: with its own."""
-    dense = args.head == "segment"
+    dense = args.head != "classify"
     model = encoder = models.encoder(args.model, args.img_size, args.patch_size, data.channels,
                                      0 if dense else len(data.classes), args.relative_positions,
                                      args.pool)
     if model.tokens:
         model.pos_embed.requires_grad_(True)  # differs from the authors' code: BM's are constants
-    if dense:
+    if args.head == "segment":
         model = models.UperNet(encoder, len(data.classes), args.width)
+    elif args.head == "detect":
+        short = min(args.img_size)
+        model = models.Detector(encoder, len(data.classes), short, round(LONGER * short), args.neck,
+                                args.width, args.sampled)
     elif model.tokens:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # near 0, as MAE's
     missing = f"--eval: {args.weights} has no head for {len(data.classes)} classes: give a " \
               "fine-tuned run, and the --data it was made for"
     if dense and args.eval:
-        check(weights and weights.get("config", {}).get("head") == "segment", missing)
+        check(weights and weights.get("config", {}).get("head") == args.head, missing)
         models.load_weights(encoder, weights)
-        rest = {k: x for k, x in weights["model"].items() if "pyramid.encoder." not in k}
+        rest = {k: x for k, x in weights["model"].items() if "encoder." not in k}
         own = model.state_dict()
         check(all(k in own and own[k].shape == x.shape for k, x in rest.items()), missing)
         model.load_state_dict(rest, strict=False)
@@ -570,9 +789,10 @@ def with_head(args, weights, data, says):
 
 def layer_scale(model, decay):
     """name -> decay^(L + 1 - l): l: 0 for the embeddings, 1 .. L for blocks, L + 1 the rest."""
+    encoder = next(part for part in model.modules() if isinstance(part, models.Encoder))
+
     def scale(name):
-        encoder = getattr(getattr(model, "pyramid", None), "encoder", model)
-        name = name.removeprefix("pyramid.encoder.")
+        name = name.split("encoder.")[-1]
         after = len(encoder.blocks) + 1
         if name.startswith("blocks."):
             return decay ** (after - int(name.split(".")[1]) - 1)
@@ -608,7 +828,11 @@ class LAMB(torch.optim.Optimizer):
                 w.sub_(group["lr"] * ratio * u)
 
 
-OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "lamb": LAMB}
+def sgd(groups, lr, betas):
+    return torch.optim.SGD(groups, lr, momentum=betas[0])
+
+
+OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "lamb": LAMB, "sgd": sgd}
 
 
 # --- What is measured ---
@@ -654,22 +878,158 @@ def classes_of(model, images, args, device, amp):
 
 
 @torch.no_grad()
-def pixel_sheet(model, data, args, device, amp, count=8):
-    """found.png in --out: images, their classes, and those that are found."""
-    colors = torch.rand(256, 3, generator=seeded(7))
+def evaluate_boxes(model, data, args, process, amp):
+    """COCO's AP of boxes and masks in %, over all images at their own size. What no object is of
+    (a size) is left out.
+    """
     model.eval()
-    rows = []
-    for images in data.whole(range(min(count, len(data))), at_once=1):
-        found = classes_of(model, images, args, device, amp)
-        maps = [colors[x.long()].permute(0, 3, 1, 2) for x in (images[:, 3], found)]
-        square = [degrade.center_crop(x, min(x.shape[2:])) for x in (images[:, :3] / 255, *maps)]
-        rows.append([F.interpolate(x, (192, 192), mode="nearest-exact") for x in square])
-    if not rows:
-        return
-    columns = [torch.cat(column) for column in zip(*rows)]
-    half = [column[i::2] for i in (0, 1) for column in columns]
-    page = degrade.sheet(half, ["image", "classes", "found"] * 2)
-    pretrain.write_whole(args.out / "found.png", lambda file: page.save(file, "PNG"))
+    mine = []
+    for index, (image, truth) in data.readable(range(process.rank, len(data), process.world)):
+        mine.append((index, matched(objects_of(model, image, process.device, amp), truth)))
+    model.train()
+    rows = sorted(sum(pretrain.gather(mine, process), []), key=lambda row: row[0])
+    pretrain.refuse_bad(data, len(data) - len(rows), process)
+    found = average_precision([row for _, row in rows])
+    if not found:
+        raise pretrain.Failed("no image to measure has an object")
+    return dict(**found, images=len(rows))
+
+
+def objects_of(model, image, device, amp):
+    """What is found in an image (3, H, W) uint8: boxes, labels, scores, masks (n, H, W) bool."""
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        found = model([image.to(device).float() / 255])[0]
+    return {name: x.cpu() if name != "masks" else x[:, 0].cpu() > 0.5 for name, x in found.items()}
+
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+SIZES = {"": (0, math.inf), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2),
+         "_large": (96 ** 2, math.inf)}  # areas in pixels, both ends belong to them
+
+
+def matched(found, truth):
+    """Of an image, {("box" or "mask", label): (scores, highest first, and `match`'s)}."""
+    result = {}
+    for label in {*found["labels"].tolist(), *truth["labels"].tolist()}:
+        f, t = ({name: x[objects["labels"] == label].numpy() for name, x in objects.items()}
+                for objects in (found, truth))
+        order = np.argsort(-f["scores"], kind="stable")[:100]
+        f = {name: x[order] for name, x in f.items()}
+        for kind, shared_by in (("box", boxes_shared), ("mask", masks_shared)):
+            shared, of_found, of_truth = shared_by(f, t)
+            union = of_found[:, None] + np.where(t["crowd"], 0, of_truth - shared)
+            iou = shared / np.maximum(union, 1e-9)
+            result[kind, label] = f["scores"], *match(iou, t["crowd"], t["area"], of_found)
+    return result
+
+
+def boxes_shared(found, truth):
+    """The area that each box found (f, 4) shares with each (t, 4): (f, t); their areas."""
+    a, b = (objects["boxes"].astype(float) for objects in (found, truth))
+    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+    return sides.clip(0).prod(2), *((x[:, 2:] - x[:, :2]).prod(1) for x in (a, b))
+
+
+def masks_shared(found, truth):
+    a, b = (x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float32)
+            for x in (found["masks"], truth["masks"]))
+    return (a @ b.T).astype(float), a.sum(1), b.sum(1)
+
+
+def match(iou, crowd, area, area_found):
+    """COCO's matching of what is found, highest score first, for one image and class. iou (f, t),
+    crowd and area (t,), area_found (f,) -> right (sizes, thresholds, f): 1, 0, or -1 where it does
+    not count, as of a crowd; and how many objects count, (sizes,).
+
+    Each takes the free object that it overlaps most, the threshold or more; if there is none, one
+    that does not count.
+    """
+    low, high = np.array([*SIZES.values()]).T[:, :, None, None]
+    iou, crowd, area = np.pad(iou, [(0, 0), (0, 1)]), np.append(crowd, True), np.append(area, 0)
+    ignored = crowd | (area < low) | (area > high)  # (sizes, 1, t + 1): the last is nobody's
+    outside = (area_found < low) | (area_found > high)  # (sizes, 1, f)
+    free = np.ones((len(SIZES), len(THRESHOLDS), len(crowd)), bool)
+    right = np.empty((*free.shape[:2], len(iou)), np.int8)
+    for i, row in enumerate(iou):
+        fits = (free | crowd) & (row >= THRESHOLDS[:, None])
+        worth = np.where(fits, row + 2 * ~ignored, -1)
+        best = len(crowd) - 1 - worth[..., ::-1].argmax(2, keepdims=True)  # the last of equals
+        hit = fits.any(2)
+        ignores = np.take_along_axis(np.broadcast_to(ignored, free.shape), best, 2)[..., 0]
+        right[..., i] = np.where(hit, np.where(ignores, -1, 1), np.where(outside[..., i], -1, 0))
+        np.put_along_axis(free, best, np.take_along_axis(free, best, 2) & ~hit[..., None], 2)
+    return right, (~ignored).sum((1, 2))
+
+
+def average_precision(images):
+    """COCO's AP, in %, of what `matched` says of all images: precision at 101 recalls, its mean
+    over thresholds, and over classes that have an object of the size.
+    """
+    result = {}
+    for kind in ("box", "mask"):
+        table = []  # classes x sizes x thresholds
+        for label in sorted({label for image in images for _, label in image}):
+            rows = [image[kind, label] for image in images if (kind, label) in image]
+            scores, right, objects = zip(*rows)
+            order = np.argsort(-np.concatenate(scores), kind="stable")
+            right, objects = np.concatenate(right, axis=2)[..., order], sum(objects)
+            hits, misses = (right == 1).cumsum(2), (right == 0).cumsum(2)
+            precision = hits / np.maximum(hits + misses, 1)
+            precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+            precision = np.pad(precision, [(0, 0), (0, 0), (0, 1)])  # 0 where no recall is so high
+            recall = hits / np.maximum(objects, 1)[:, None, None]
+            table.append([[p[np.searchsorted(r, np.linspace(0, 1, 101))].mean() if n else math.nan
+                           for p, r in zip(*both)] for *both, n in zip(precision, recall, objects)])
+        table = np.array(table).reshape(-1, len(SIZES), len(THRESHOLDS))
+        means = {f"ap{size}": table[:, i] for i, size in enumerate(SIZES)}
+        means.update(ap50=table[:, 0, 0], ap75=table[:, 0, 5])
+        result.update({f"{kind}_{name}": round(100 * np.nanmean(x), 2) for name, x in means.items()
+                       if np.isfinite(x).any()})
+    return result
+
+
+@torch.no_grad()
+def found_sheet(model, data, args, device, amp, count=8):
+    """found.png in --out: images, what is in them, and what is found."""
+    draw = dict(segment=pixels_drawn, detect=boxes_drawn)[args.head]
+    rows = range(min(count, len(data)))
+    model.eval()
+    pictures = [draw(model, image, args, device, amp) for _, image in data.readable(rows)]
+    if pictures:
+        columns = [torch.cat(column) for column in zip(*pictures)]
+        half = [column[i::2] for i in (0, 1) for column in columns]
+        page = degrade.sheet(half, ["image", "annotated", "found"][-len(columns):] * 2, side=192)
+        pretrain.write_whole(args.out / "found.png", lambda file: page.save(file, "PNG"))
+
+
+def pixels_drawn(model, image, args, device, amp):
+    """An image (4, H, W) uint8, its classes, and those found: three of (1, 3, 192, 192)."""
+    colors = torch.rand(256, 3, generator=seeded(7))
+    maps = image[None, 3], classes_of(model, image[None], args, device, amp)
+    maps = [colors[x.long()].permute(0, 3, 1, 2) for x in maps]
+    square = [degrade.center_crop(x, min(x.shape[2:])) for x in (image[None, :3] / 255, *maps)]
+    return [F.interpolate(x, (192, 192), mode="nearest-exact") for x in square]
+
+
+def boxes_drawn(model, item, args, device, amp):
+    """An image with its objects, and with those found at 0.5 or more: two of (1, 3, 192, 192)."""
+    image, truth = item
+    found = objects_of(model, image, device, amp)
+    found = {name: x[found["scores"] >= 0.5] for name, x in found.items()}
+    by = 192 / max(image.shape[1:])
+    size = [max(1, round(side * by)) for side in image.shape[1:]]
+    drawn = []
+    for objects in (truth, found):
+        picture = F.interpolate(image[None], size, mode="nearest-exact")[0]
+        if len(objects["labels"]):
+            masks = F.interpolate(objects["masks"][None].byte(), size, mode="nearest-exact")[0] > 0
+            names = [args.classes[i - 1] for i in objects["labels"].tolist()]
+            colors = [tuple(int(x) for x in np.random.default_rng(i).integers(64, 256, 3))
+                      for i in objects["labels"].tolist()]
+            picture = utils.draw_segmentation_masks(picture, masks, 0.4, colors)
+            picture = utils.draw_bounding_boxes(picture, objects["boxes"] * by, names, colors)
+        drawn.append(F.pad(picture, [0, 192 - size[1], 0, 192 - size[0]])[None] / 255)
+    return drawn
 
 
 @torch.no_grad()
@@ -697,7 +1057,7 @@ def measured(args, step):
     return any('"images":' in line and json.loads(line)["step"] == step for line in lines)
 
 
-MEASURES = {"classify": evaluate, "segment": evaluate_pixels}
+MEASURES = {"classify": evaluate, "segment": evaluate_pixels, "detect": evaluate_boxes}
 
 
 def report(args, process, result):

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision import ops
+from torchvision.models import detection
 
 TOKEN_HOWS = ("add", "replace", "scaled")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -415,10 +417,11 @@ class ResNet(Encoder):
     def watched(self):
         return [self.layer1[0]], [self.relu, *super().watched[1]]  # pooling; stem and blocks
 
-    def encode(self, images, after=lambda l, z: z, drop=None):
+    def encode(self, images, after=lambda l, z: z, drop=None, last=4):
         """images (B, C, H, W) in [0, 1] -> the last feature map (B, D, H / 32, W / 32).
 
-        after(l, z) -> z stands behind the stem (l = 0) and each stage. drop: (B, blocks) or None.
+        after(l, z) -> z stands behind the stem (l = 0) and each stage, of which `last` is the last.
+        drop: (B, blocks) or None.
         """
         device = images.device.type
         H, W = images.shape[2:]
@@ -426,11 +429,11 @@ class ResNet(Encoder):
             # Up to torch 2.14, AMX convolutions (3x3, stride 2) of a map 2 wide and 3 or more high
             # return memory that nobody wrote: stage 4 of such an image. In float32 they are right.
             with torch.autocast(device, enabled=False):
-                return self.encode(images, after, drop)
+                return self.encode(images, after, drop, last)
         z = self.relu(self.bn1(self.conv1(self.normalize(images))))
         z = after(0, F.max_pool2d(z, 3, 2, padding=1))  # (B, 64, H / 4, W / 4)
         first = 0
-        for l, stage in enumerate(self.stages, 1):
+        for l, stage in enumerate(self.stages[:last], 1):
             for i, block in enumerate(stage, first):
                 z = block(z, None if drop is None else drop[:, i:i + 1])
             z = after(l, z)
@@ -575,10 +578,15 @@ class Pyramid(nn.Module):
             first = nn.Sequential(twice(), BatchNorm(encoder.dim), nn.GELU(), twice())
             self.scales = nn.ModuleList([first, twice(), nn.Identity(), nn.MaxPool2d(2)])
 
+    @property
+    def multiple(self):
+        """Pixels of a position of the coarsest map."""
+        return 2 * self.encoder.patch_size if self.encoder.tokens else self.encoder.stride
+
     def padded(self, images):
         """With zeros on the right and below, to whole positions of the coarsest map."""
-        n = 2 * self.encoder.patch_size if self.encoder.tokens else self.encoder.stride
-        return F.pad(images, [0, -images.shape[3] % n, 0, -images.shape[2] % n])
+        H, W = images.shape[2:]
+        return F.pad(images, [0, -W % self.multiple, 0, -H % self.multiple])
 
     def forward(self, images, drop=None):
         """Padded images (B, C, H, W) in [0, 1] -> four maps (B, D, h, w)."""
@@ -627,6 +635,92 @@ class UperNet(nn.Module):
         scores = [self.classify(z)] + [self.auxiliary(maps[2])] * self.training
         scores = [to(x.float(), images.shape[2:])[:, :, :H, :W] for x in scores]
         return scores if self.training else scores[0]
+
+
+class Neck(nn.Module):
+    """What Mask R-CNN is given: {name: map (B, width, h, w)}, in float32, of a pyramid with FPN; or
+    ("c4") a ResNet's third stage alone.
+    """
+
+    def __init__(self, encoder, kind, width):
+        super().__init__()
+        self.pyramid, self.kind, self.drop = Pyramid(encoder), kind, None
+        self.out_channels = encoder.widths[3] if kind == "c4" else width
+        self.fpn = None
+        if kind == "fpn":
+            self.fpn = ops.FeaturePyramidNetwork(self.pyramid.widths, width,
+                                                 ops.feature_pyramid_network.LastLevelMaxPool())
+
+    def forward(self, images):
+        if self.kind == "c4":
+            maps = {"0": self.pyramid.encoder.encode(images, drop=self.drop, last=3)}
+        else:
+            maps = self.pyramid(images, self.drop)
+            maps = self.fpn({str(i): z for i, z in enumerate(maps)})
+        return {name: z.float() for name, z in maps.items()}
+
+
+class Float32(nn.Module):
+    """A module whose outputs are in float32. Half precision is too coarse for boxes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return torch.utils._pytree.tree_map(torch.Tensor.float, self.module(*args))
+
+
+class Detector(nn.Module):
+    """Boxes and masks of objects, by torchvision's Mask R-CNN on a Neck (BM 4.4, A2 A.2). In "c4"
+    a ResNet's fourth stage is the head of boxes and masks, as in MoCo.
+
+    classes: without the background. short, longest: an image's sides as it is measured. sampled:
+    boxes of an image that the box and mask losses are of, out of four times as many. Anchors are 8
+    positions of their map wide.
+    """
+    tokens = False
+
+    def __init__(self, encoder, classes, short, longest, kind="fpn", width=256, sampled=512):
+        super().__init__()
+        self.branches = encoder.branches
+        neck = Neck(encoder, kind, width)
+        scale = encoder.patch_size if encoder.tokens else 16  # pixels a position of the third map
+        anchors = [[2 * scale * 2 ** i] for i in range(5)]
+        levels = ["0", "1", "2", "3"]
+        if kind == "c4":
+            levels, anchors, width = ["0"], [sum(anchors, [])], 256
+            stage = encoder.layer4
+            boxes = nn.Sequential(stage, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            heads = dict(box_head=boxes, mask_head=stage)
+            top = in_mask = encoder.dim
+        else:
+            top, in_mask = 4 * width, width
+            heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(width * 49, top),
+                         mask_head=detection.mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1))
+        anchors = detection.rpn.AnchorGenerator(anchors, [[0.5, 1.0, 2.0]] * len(anchors))
+        rpn = detection.rpn.RPNHead(neck.out_channels, anchors.num_anchors_per_location()[0])
+        boxes = detection.faster_rcnn.FastRCNNPredictor(top, classes + 1)
+        masks = detection.mask_rcnn.MaskRCNNPredictor(in_mask, width, classes + 1)
+        self.rcnn = detection.MaskRCNN(
+            neck, min_size=short, max_size=longest, image_mean=[0.0] * encoder.channels,
+            image_std=[1.0] * encoder.channels, _skip_resize=True,  # in training
+            rpn_anchor_generator=anchors, rpn_head=Float32(rpn),
+            box_roi_pool=ops.MultiScaleRoIAlign(levels, 14 if kind == "c4" else 7, 2),
+            mask_roi_pool=ops.MultiScaleRoIAlign(levels, 14, 2), **heads,
+            box_predictor=Float32(boxes), mask_predictor=Float32(masks),
+            box_batch_size_per_image=sampled, **{
+                f"rpn_{when}_nms_top_n_{mode}": n * sampled for when in ("pre", "post")
+                for mode, n in (("train", 4), ("test", 2))})
+        self.rcnn.transform.size_divisible = neck.pyramid.multiple
+
+    def forward(self, images, drop=None, targets=None):
+        """images: a list of (C, H, W) in [0, 1]. In training: losses by name, of targets, dicts of
+        boxes (n, 4) as left, top, right, bottom, labels (n,) from 1 on, masks (n, H, W) uint8. In
+        measuring: such dicts, with scores (n,) and masks (n, 1, H, W) in [0, 1].
+        """
+        self.rcnn.backbone.drop = drop
+        return self.rcnn(images, targets)
 
 
 # --- By name ---

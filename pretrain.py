@@ -43,7 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
@@ -399,7 +399,7 @@ def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
     check(len(args.img_size) < 3, f"--img_size takes one or two numbers, not {len(args.img_size)}")
     args.img_size = [args.img_size[0], args.img_size[-1]]
-    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it is a scale
+    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it enlarges
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
     batch, world = args.batch_size, process.world
     ways = [args.accum] if args.accum else range(1, batch + 1)
@@ -541,10 +541,14 @@ def precision(args, device):
     return kinds[args.amp]
 
 
-def learning_rate(step, total, warmup, peak, schedule="cosine"):
-    """Linear warm-up, then half a cosine, or a line, down to 0."""
+def learning_rate(step, total, warmup, peak, schedule="cosine", drops=()):
+    """Linear warm-up, then half a cosine, or a line, down to 0; or ("step") a tenth after each of
+    `drops`, shares of the run.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "step":
+        return peak * 0.1 ** sum(step >= drop * total for drop in drops)
     if schedule == "linear":
         return peak * (total - step) / max(1, total - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -712,10 +716,22 @@ class MemorySet:
             yield views, self.labels[index].to(device)
 
 
-def inner(data, split):
-    """A folder's own folder for a split (also in ADE20K's layout), or all of it. `train` without
-    `val` is a class, if a folder beside it holds images.
+def coco_file(data, split):
+    """The annotations of a split in COCO's layout, DIR/annotations/instances_SPLIT2017.json (or
+    another name that begins so, the last of them), or None.
     """
+    return max(Path(data, "annotations").glob(f"instances_{split}*.json"), default=None)
+
+
+def inner(data, split):
+    """A folder's own folder for a split (also in ADE20K's and COCO's layouts), or all of it.
+    `train` without `val` is a class, if a folder beside it holds images.
+    """
+    file = coco_file(data, split)
+    if file:
+        name = file.stem.removeprefix("instances_")
+        return next((os.path.join(data, *where, name) for where in ((), ("images",))
+                     if os.path.isdir(os.path.join(data, *where, name))), data)
     ade = os.path.join(data, "images", dict(train="training", val="validation")[split])
     if os.path.isdir(ade) and os.path.isdir(os.path.join(data, "annotations")):
         return ade  # its annotations are pictures too
@@ -778,6 +794,7 @@ def ignore_signals(_):
 class FolderSet(Dataset):
     """All images below a folder, read by loader processes. labelled: folder/<class>/... only."""
     channels = planes = 3  # of the images; of what is read
+    collate = staticmethod(default_collate)
 
     def __init__(self, folder, labelled=False, classes=None, only=None):
         self.folder, self.bad = folder, {}  # bad: what cannot be read, its last epoch
@@ -852,18 +869,23 @@ class FolderSet(Dataset):
 
     def _load(self, items, device, workers):
         loader = DataLoader(self, batch_sampler=items, num_workers=workers,
-                            pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+                            pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+                            collate_fn=self.collate)
         for view, index, epoch, unread in loader:
             for what, last in zip(unread, epoch.tolist()):
                 if what:
                     self.skip(what, last)
-            view, left = view.to(device, non_blocking=True).float() / 255, index >= 0
-            if not left.all():
-                if epoch.max() >= 0:
-                    raise Failed(f"{list(self.bad)[-1]}; nor can the images after it be read")
-                view, index = view[left.to(device)], index[left]
-            if len(view):
+            left = index >= 0
+            if not left.all() and epoch.max() >= 0:
+                raise Failed(f"{list(self.bad)[-1]}; nor can the images after it be read")
+            view = self.to_device(view, device)
+            if left.all():
                 yield view, self.labels[index].to(device)
+            elif left.any():
+                yield view[left.to(device)], self.labels[index[left]].to(device)
+
+    def to_device(self, view, device):
+        return view.to(device, non_blocking=True).float() / 255
 
     def batches(self, wanted, size, scale, seed, device, workers=0, augment=None):
         """As MemorySet.batches."""

@@ -1,8 +1,8 @@
 """How fast is it? Images per second, and as a share of the peak of matrix products beside it.
 
     python tests/bench.py                most of it, about twenty minutes on 2 CPU cores
-    python tests/bench.py step profile   only these, of: step a2mim finetune analyze profile degrade
-                                         input processes attention memory budget compile
+    python tests/bench.py step profile   only these, of: step a2mim finetune dense analyze profile
+                                         degrade input processes attention memory budget compile
 
 A figure is the median of several repetitions after warm-up, with the lowest and the highest. The
 last line is one JSON object of all. FLOPs are those of the matrix products and convolutions of a
@@ -86,7 +86,7 @@ def compare(label, ours, what, other, repeat):
     report_ratio(f"{label}: {what}, time", zip(one, two))
 
 
-PAPER = "--data tests --batch_size 32 --model "  # any folder has the paper's sizes
+PAPER = "--data .github --batch_size 32 --model "  # any folder has the paper's sizes
 VIT_B, RESNET, SMALL = "ViT-B/16 at 224, batch 32", "ResNet-50 at 224, batch 32", "small ViT, 32 px"
 NETWORKS = {VIT_B: PAPER + "vit_base", "ViT-S/16 at 224, batch 32": PAPER + "vit_small",
             RESNET: PAPER + "resnet50", f"{SMALL}, batch 256": "--model vit_micro",
@@ -187,7 +187,7 @@ def finetune_():
                                            np.random.default_rng(0))
             with autocast():
                 scores = model(images, drop.to(device) if args.drop_path else None)
-            return finetune.class_loss(scores, targets, args.loss, args.smoothing)
+            return finetune.class_loss(scores, targets, args)
 
         def features():
             with torch.no_grad(), autocast():
@@ -199,6 +199,40 @@ def finetune_():
     found = clock(lambda: [finetune.augmented(picture, pretrain.seeded(i), 9, 0.5, 0)
                            for i in range(20)], 5)
     report_speed("RandAugment at 224, one image at a time", 20, found)
+
+
+def dense():
+    """Segmentation and detection, by the papers' recipes and the small ones."""
+    for label, n, size, flags in (
+            ("ViT-B/16, segment at 512", 2, (512, 512), "--recipe ade_bm --model vit_base"),
+            ("ViT-B/16, detect at 800 x 1216", 1, (800, 1216), "--recipe coco_bm --model vit_base"),
+            ("small ViT, segment at 48", 32, (48, 48), ""),
+            ("small ViT, detect at 64", 16, (64, 64), "")):
+        head = "detect" if "detect" in label else "segment"
+        args, _, _ = finetune.options(["--head", head, *flags.split()])
+        finetune.settle(args, process, DATA)
+        model = models.to_device(finetune.with_head(args, None, DATA, False), device)
+        encoder = next(part for part in model.modules() if isinstance(part, models.Encoder))
+        view = torch.rand(n, 3, *size, device=device)
+        labels, more = torch.zeros(n, *size, dtype=torch.long, device=device), []
+        if head == "detect":
+            boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.5, 0.9, 0.9]]).to(device)
+            truth = dict(boxes=boxes * torch.tensor([*size, *size]).to(device).flip(0),
+                         labels=torch.tensor([1, 2], device=device),
+                         masks=torch.ones(2, *size, dtype=torch.uint8, device=device))
+            more = [[truth] * n]
+
+        def loss_of():
+            with autocast():
+                scores = model(view, None, *more)
+            return finetune.LOSSES[head](scores, labels, args)
+
+        def maps():
+            with torch.no_grad(), autocast():
+                encoder.maps(view)
+        step = training_step(model, args, loss_of, view, flops(model, view, None, *more),
+                             args.optimizer, args.layer_decay)
+        compare(label, step, "the encoder's maps / step", maps, 5)
 
 
 @torch.no_grad()
@@ -329,12 +363,12 @@ def compile_():
 
 
 PARTS = {part.__name__.strip("_"): part for part in (
-    step, a2mim, finetune_, analyze_, profile, degrade_, input_, processes, attention, memory,
+    step, a2mim, finetune_, dense, analyze_, profile, degrade_, input_, processes, attention, memory,
     budget, compile_)}
 
 if __name__ == "__main__":
     os.chdir(table1.ROOT)
-    chosen = sys.argv[1:] or [*PARTS][:8]
+    chosen = sys.argv[1:] or [*PARTS][:9]
     if not {*chosen} <= {*PARTS}:
         sys.exit(f"bench.py: choose of {', '.join(PARTS)}")
     about = pretrain.provenance() | dict(precision=asked.amp)

@@ -1,7 +1,9 @@
-"""Does pre-training pay? BM's Table 1 at the size of a laptop: every task, and none.
+"""Does pre-training pay? BM's Tables 1 and 3 at the size of a laptop: every task, and none.
 
     python tests/table1.py                            built-in pictures, two hours on 2 CPU cores
     python tests/table1.py --data fashion_mnist --download
+    python tests/table1.py --data scenes              segmentation, detection: an hour and a half
+    python tests/table1.py --data scenes-resnet18     the same of a ResNet
     python tests/table1.py --tasks mask none --seeds 1 --share 0.1    a tenth of it
 
 Every task pre-trains a vit_micro for about the same time, ten to fifteen minutes of one core with
@@ -10,6 +12,9 @@ of the patches (tests/bench.py budget). probe.py then measures k-NN and a linear
 has 100 labels a class (Fashion-MNIST: 20 too), drawn by its seeds 0, 1 and 2 for every encoder.
 BOLD tasks have three pre-training seeds. Random weights have three of a network, and nine of
 fine-tuning: no network twice. No setting is tuned to a task.
+
+For scenes four encoders pre-train on the built-in pictures, about half as long, three seeds each.
+finetune.py then has the same steps for all, of --head segment and of --head detect.
 
 One encoder is at work on each core. Every part is a run in --out. A stopped table goes on where it
 was. To make an encoder anew, delete what was fine-tuned from it too. The README shows table.md.
@@ -35,13 +40,21 @@ import models
 import pretrain
 
 # Steps where 75% of the patches are dropped, and where fewer are. {labels a class: steps}
+# of scenes, {head: (size, steps)}
 DATA = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500}),
-        "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500})}
+        "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500}),
+        "scenes": dict(size=32, steps=(2400, 900), heads=dict(segment=(48, 400), detect=(64, 500))),
+        "scenes-resnet18": dict(size=64, patch=8, model="resnet18", steps=(400, 400),
+                                heads=dict(segment=(64, 400), detect=(128, 500)))}
 BOLD = ("mask", "zoom_in_mask")
+DENSE = ("none", "mask", "zoom_in_mask", "a2mim")
 DRAWS = 3
 # ImageNet top-1 of ViT-B/16: BM Table 1 (distort: Table 2, with missing pixels), A2 Table 2
 PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8,
              decolor=81.4, zoom_in_mask=83.2, simmim=83.8, a2mim=84.2)
+# BM Table 3, A2 Tables 4 (ViT-B) and 3 (ResNet-50): mean IoU on ADE20K, box AP, mask AP on COCO
+PAPER_DENSE = {"mask": "45.6, 45.3, 40.2", "zoom_in_mask": "46.2, 46.1, 40.9",
+               "a2mim": "A2: 49.0, 49.3, 43.5", "a2mim resnet18": "A2: 38.3, 39.8, 34.9"}
 
 
 def options(argv=None):
@@ -59,14 +72,16 @@ def options(argv=None):
     trial = "" if args.share == 1 else f"-{args.share:g}"  # must not be taken for the table
     args.out = (args.out or Path(f"runs/table1-{args.data}{trial}")).resolve()
     args.root = args.root.resolve()
-    args.tasks = args.tasks or [t for t in PAPER if (args.data, t) != ("fashion_mnist", "decolor")]
+    usual = DENSE if "heads" in DATA[args.data] else PAPER
+    args.tasks = args.tasks or [t for t in usual if (args.data, t) != ("fashion_mnist", "decolor")]
     return args
 
 
 def encoders(args):
     """(task, seed) of each, seed 0 first."""
     found = [(task, seed) for task in args.tasks
-             for seed in range(args.seeds if task in (*BOLD, "none") else 1)]
+             for seed in range(args.seeds if task in (*BOLD, "none") or "heads" in DATA[args.data]
+                               else 1)]
     return sorted(found, key=lambda e: (e[1], e[0] not in BOLD))
 
 
@@ -80,8 +95,10 @@ class Job(NamedTuple):
 def jobs(args, task, seed):
     """The Jobs of one encoder, in order."""
     d, found = DATA[args.data], []
-    shared = ["--data", args.data, "--root", args.root, "--device", "cpu"]
-    shared += f"--model vit_micro --img_size {d['size']} --patch_size 4 --workers 0".split()
+    heads = d.get("heads")
+    shared = ["--data", "shapes" if heads else args.data, "--root", args.root, "--device", "cpu"]
+    shared += ["--model", d.get("model", "vit_micro"), "--img_size", d["size"], "--patch_size",
+               d.get("patch", 4), "--workers", 0]
     weights = "none" if task == "none" else args.out / f"pretrain-{task}-{seed}"
 
     def add(script, name, steps, own_seed, *more):
@@ -89,15 +106,22 @@ def jobs(args, task, seed):
         if steps:
             steps = max(1, round(steps * args.share))
             argv += ["--steps", steps, "--resume"]
-        right = dict(data=args.data, seed=own_seed, steps=steps)
+        right = dict(data=[x for x in argv if x in pretrain.BUILT_IN + (*pretrain.SETS,)][-1],
+                     seed=own_seed, steps=steps)
         found.append(Job(f"{script}-{task}-{seed}{name}", right, [*map(str, argv)]))
 
     if task != "none":
         setting = degrade.task_settings(task)
-        unit = setting["mask_unit"] if d["size"] // 4 % setting["mask_unit"] == 0 else 1  # 7x7
+        unit = setting["mask_unit"]
+        unit = unit if d["size"] // d.get("patch", 4) % unit == 0 else 1  # 7x7
         more = f"--task {task} --mask_unit {unit} --batch_size 128 --lr 3e-3 --save_every 1000"
         steps = d["steps"][setting["mask_ratio"] != 0.75]
         add("pretrain", "", steps, seed, *more.split())
+    for head, (size, steps) in (heads or {}).items():
+        add("finetune", f"-{head}", steps, seed, "--weights", weights, "--data", "scenes",
+            "--head", head, "--img_size", size, "--save_every", 100000)
+    if heads:
+        return found
     add("probe", "", None, seed, "--weights", weights)
     for (k, steps), draw in itertools.product(d["labels"].items(), range(DRAWS)):
         network = DRAWS * seed if task == "none" else 0
@@ -186,6 +210,8 @@ def spread(values):
 
 def table(results, data):
     """{folder: result} -> Markdown, the tasks by their accuracy with the most labels."""
+    if "heads" in DATA[data]:
+        return dense_table(results, data)
     labels, found = DATA[data]["labels"], {}
     for folder, r in results.items():
         kind, task, _, *more = folder.split("-")
@@ -213,6 +239,26 @@ def table(results, data):
             places = [ours.index(t) + 1, f"{paper.index(t) + 1} ({PAPER[t]})"]
         rows.append([name, len(row["knn"]), f"{row.get('images', [0])[0]:,}", spread(row["knn"]),
                      spread(row["linear"]), *(cell(row, k) for k in labels), *places])
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows).replace(" --- ", "---")
+
+
+def dense_table(results, data):
+    """The same of segmentation and detection, each beside none."""
+    names = dict(miou="mean IoU", pixel_accuracy="pixel accuracy", box_ap="box AP",
+                 box_ap50="box AP50", mask_ap="mask AP")
+    found = {}
+    for folder, r in results.items():
+        task = folder.split("-")[1]
+        for name in names:
+            if name in r:
+                found.setdefault(task, {}).setdefault(name, []).append(r[name])
+    rows = [["pre-training", "seeds", *names.values(), "ADE20K, COCO: mean IoU, box AP, mask AP"]]
+    rows.append(["---"] * len(rows[0]))
+    for task in sorted(found, key=lambda t: -statistics.mean(found[t].get("miou", [0]))):
+        row, of = found[task], " ".join([task, *data.split("-")[1:]])
+        rows.append([f"`{task}`", max(map(len, row.values())),
+                     *(spread(row[name]) if name in row else "" for name in names),
+                     PAPER_DENSE.get(of, PAPER_DENSE.get(task, "") if of == task else "")])
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows).replace(" --- ", "---")
 
 

@@ -331,7 +331,7 @@ def test_curves_are_those_of_the_logs(do, made):
     found = do("curves zoom tuned")[2]
     log = [json.loads(line) for line in open(made / "zoom" / "log.jsonl")]
     assert found["zoom"]["loss"] == [[x["epoch"], x["loss"]] for x in log] and len(found) == 2
-    assert [epoch for epoch, _ in found["tuned"]["top1"]] == approx([8 / 36, 16 / 36])
+    assert [epoch for epoch, _ in found["tuned"]["measured"]] == approx([8 / 36, 16 / 36])
     assert found["tuned"]["pretraining"] == "zoom_in_mask"
     assert found["tuned"]["pretraining_epochs"] == approx(16 / 36)
 

@@ -1,0 +1,439 @@
+"""Boxes and masks of objects (BM 4.4, A2 A.2): Mask R-CNN on an encoder, scenes, COCO's format and
+its AP."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import models
+import pretrain
+from conftest import log_of, together, weights_of
+
+SMALL = ("--head detect --model vit_micro --patch_size 8 --img_size 32 --width 16 --sampled 16 "
+         "--batch_size 4 --workers 0 --amp off --steps 4 --save_every 2 --log_every 1").split()
+SIDE = 40
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Thirty of the built-in scenes to train on, five to measure, of 40 pixels."""
+    Scenes = pretrain.Scenes
+    monkeypatch.setattr(pretrain, "Scenes", lambda n, seed: Scenes(30 if n > 1000 else 5, SIDE, seed))
+
+
+def rectangle(left, top, right, bottom):
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """COCO's layout: nine and five images of two sizes, each with a bright square, a crowd beside
+    it, and one image of each split with nothing. Numbers of classes have gaps.
+    """
+    where = tmp_path / "images" / "coco"
+    for split, n in (("train2017", 9), ("val2017", 5)):
+        images, objects = [], []
+        (where / split).mkdir(parents=True)
+        (where / "annotations").mkdir(exist_ok=True)
+        for i in range(n):
+            h, w = (40, 60) if i % 2 else (50, 40)
+            picture = np.full((h, w, 3), 60, np.uint8)
+            images.append(dict(id=100 - i, file_name=f"{i}.jpg", height=h, width=w))
+            if i:
+                picture[10:30, 5:25] = 220
+                mask = np.zeros((h, w), int)
+                mask[:, 30:36] = 1
+                counts = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=0, append=0)),
+                                 prepend=0, append=mask.size).tolist()
+                for crowd, box, segmentation in (
+                        (0, [5, 10, 20, 20], rectangle(5, 10, 25, 30)),
+                        (1, [30, 0, 6, h], dict(size=[h, w], counts=counts))):
+                    objects.append(dict(id=len(objects), image_id=100 - i, iscrowd=crowd, bbox=box,
+                                        category_id=7 if i % 2 else 90, segmentation=segmentation,
+                                        area=box[2] * box[3]))
+            Image.fromarray(picture).save(where / split / f"{i}.jpg")
+        kinds = [dict(id=90, name="even"), dict(id=7, name="odd")]
+        held = dict(images=images, annotations=objects, categories=kinds)
+        (where / "annotations" / f"instances_{split}.json").write_text(json.dumps(held))
+    return where
+
+
+def detect(*argv):
+    return pretrain.command(finetune.main, [*SMALL, *map(str, argv)])
+
+
+def result_of(out):
+    return json.loads(Path(out, "result.json").read_text())
+
+
+# --- What is measured ---
+
+def random_image(rng, classes=4, empty=0.2, side=160):
+    """Objects of an image, and what a detector that errs finds: tensors as read() returns them."""
+    def some(n):
+        labels = torch.tensor(rng.integers(1, classes + 1, n))
+        corner = rng.integers(0, side - 20, (n, 2))
+        far = np.minimum(corner + rng.integers(2, side, (n, 2)), side)
+        boxes = torch.tensor(np.concatenate([corner, far], axis=1).reshape(-1, 4)).float()
+        masks = torch.zeros(n, side, side, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+            mask[top:bottom, left:right] = 1
+            mask[top:(top + bottom) // 2, left:(left + right) // 2] = 0
+        return dict(labels=labels, boxes=boxes, masks=masks)
+    n = 0 if rng.random() < empty else rng.integers(1, 9)
+    truth = some(n)
+    truth.update(crowd=torch.tensor(rng.random(n) < 0.2), area=truth["masks"].sum((1, 2)).double())
+    found = some(rng.integers(0, 6))
+    if n:  # near the objects, some of them twice
+        copies = torch.tensor(rng.integers(0, n, rng.integers(0, 12)))
+        near = truth["boxes"][copies] + torch.tensor(rng.integers(-4, 5, (len(copies), 4)))
+        near[:, 2:] = torch.maximum(near[:, 2:], near[:, :2] + 1)
+        masks = truth["masks"][copies].roll(int(rng.integers(-3, 4)), 2)
+        found = {name: torch.cat([found[name], x]) for name, x in dict(
+            labels=truth["labels"][copies], boxes=near.clamp(0, side), masks=masks).items()}
+    scores = torch.tensor(rng.integers(1, 8, len(found["labels"])) / 8)  # with ties
+    return truth, dict(found, scores=scores, masks=found["masks"].bool())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap_is_pycocotools(seed):
+    """With crowds, ties, images without objects and without detections, a class never found."""
+    api = pytest.importorskip("pycocotools.coco")
+    from pycocotools import mask as rle
+    from pycocotools.cocoeval import COCOeval
+    rng = np.random.default_rng(seed)
+    pairs = [random_image(rng) for _ in range(30)]
+    ours = finetune.average_precision([finetune.matched(f, t) for t, f in pairs])
+
+    def rows(objects, image):
+        for i, label in enumerate(objects["labels"].tolist()):
+            left, top, right, bottom = objects["boxes"][i].tolist()
+            mask = np.asfortranarray(objects["masks"][i].numpy().astype(np.uint8))
+            yield dict(image_id=image, category_id=label, segmentation=rle.encode(mask),
+                       bbox=[left, top, right - left, bottom - top])
+    truth, found = api.COCO(), []
+    truth.dataset = dict(images=[dict(id=i, height=160, width=160) for i in range(30)],
+                         categories=[dict(id=i) for i in range(1, 6)], annotations=[], info={})
+    for i, (t, f) in enumerate(pairs):
+        for row, crowd, area in zip(rows(t, i), t["crowd"].tolist(), t["area"].tolist()):
+            truth.dataset["annotations"].append(dict(
+                row, id=len(truth.dataset["annotations"]) + 1, iscrowd=int(crowd), area=area))
+        found += [dict(row, score=s) for row, s in zip(rows(f, i), f["scores"].tolist())]
+    truth.createIndex()
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+    for kind, word in (("bbox", "box"), ("segm", "mask")):
+        rows_of_kind = [{k: v for k, v in row.items() if k != "segmentation" or kind == "segm"}
+                        for row in found]
+        if kind == "segm":  # its areas are the masks'
+            rows_of_kind = [{k: v for k, v in row.items() if k != "bbox"} for row in rows_of_kind]
+        run = COCOeval(truth, truth.loadRes(rows_of_kind), kind)
+        run.evaluate(), run.accumulate(), run.summarize()
+        for name, theirs in zip(names, run.stats):
+            assert ours.get(f"{word}_{name}", -100) == pytest.approx(100 * theirs, abs=0.0051), name
+
+
+def objects(*boxes, scores=None, crowd=None, label=1):
+    """Objects of one class, whose masks fill their boxes."""
+    n = len(boxes)
+    masks = torch.zeros(n, 200, 200, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes):
+        mask[top:bottom, left:right] = True
+    made = dict(boxes=torch.tensor(boxes).float().view(-1, 4), masks=masks,
+                labels=torch.full((n,), label))
+    if scores:
+        return dict(made, scores=torch.tensor(scores))
+    return dict(made, crowd=torch.tensor(crowd or [False] * n), area=masks.sum((1, 2)))
+
+
+def test_ap_by_hand():
+    """Two objects; found are one right, one wrong, one right. Precision is 1 up to recall 1/2, then
+    2/3: 51 and 50 of the 101 recalls. The second overlaps by 0.6, right at three thresholds.
+    """
+    truth = objects((0, 0, 50, 50), (100, 100, 200, 200))
+    found = objects((0, 0, 50, 50), (0, 60, 50, 90), (100, 100, 160, 200), scores=[0.9, 0.8, 0.7])
+    result = finetune.average_precision([finetune.matched(found, truth)])
+    half, both = 51 / 101, (51 + 50 * 2 / 3) / 101
+    assert result["box_ap50"] == result["mask_ap50"] == pytest.approx(100 * both, abs=0.01)
+    assert result["box_ap75"] == pytest.approx(100 * half, abs=0.01)
+    assert result["box_ap"] == pytest.approx(100 * (3 * both + 7 * half) / 10, abs=0.01)
+    assert result["box_ap_medium"] == 100 and result["box_ap_large"] == pytest.approx(30)
+    assert "box_ap_small" not in result
+
+
+def test_a_crowd_takes_any_number_and_counts_for_nothing():
+    truth = objects((0, 0, 50, 50), (100, 0, 200, 200), crowd=[False, True])
+    found = objects((110, 0, 130, 90), (140, 0, 180, 90), (0, 0, 50, 50), scores=[0.9, 0.8, 0.7])
+    result = finetune.average_precision([finetune.matched(found, truth)])
+    assert result["box_ap"] == result["mask_ap"] == 100
+    alone = finetune.average_precision([finetune.matched(found, objects((0, 0, 50, 50)))])
+    assert alone["box_ap"] == pytest.approx(100 / 3, abs=0.01)
+
+
+def test_a_perfect_detection_scores_100(coco, few_scenes, monkeypatch):
+    """Of a folder with an image without objects, and of scenes."""
+    def right(model, image, *_):
+        return next(dict(t, scores=torch.ones(len(t["labels"])), masks=t["masks"].bool())
+                    for seen, t in readable if seen is image)
+    one = pretrain.Process(0, 1, torch.device("cpu"))
+    for where in (str(coco), "scenes"):
+        data, readable = finetune.BoxSet(where, False, None), []
+        real = data.read
+
+        def read(index):
+            readable.append(real(index))
+            return readable[-1]
+        monkeypatch.setattr(data, "read", read)
+        monkeypatch.setattr(finetune, "objects_of", right)
+        found = finetune.evaluate_boxes(torch.nn.Identity(), data, None, one, None)
+        assert found["box_ap"] == found["mask_ap"] == 100 and found["images"] == 5
+
+
+# --- Data ---
+
+def test_polygons_and_run_lengths_are_pycocotools_to_the_pixel():
+    """Also those that leave the image, repeat a corner or cross themselves."""
+    rle = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        h, w = map(int, rng.integers(5, 90, 2))
+        points = [(rng.random((rng.integers(3, 12), 2)) * [w, h] * 1.1 - rng.choice([0, 2]))
+                  .round(i % 3).ravel().tolist() for _ in range(rng.integers(1, 3))]
+        theirs = rle.decode(rle.merge(rle.frPyObjects(points, h, w)))
+        assert np.array_equal(finetune.mask_of(points, h, w), theirs)
+        counts = np.diff(np.flatnonzero(np.diff(theirs.T.ravel().astype(int), prepend=0)),
+                         prepend=0, append=h * w).tolist()
+        assert np.array_equal(finetune.mask_of(dict(size=[h, w], counts=counts), h, w), theirs)
+
+
+def test_a_polygon_by_hand():
+    mask = finetune.mask_of(rectangle(1, 2, 4, 5), 6, 8)
+    assert mask.sum() == 9 and mask[2:5, 1:4].all()
+
+
+def test_boxes_of_scenes_are_tight(few_scenes):
+    """Around what is seen of a shape. The front one hides the others: no pixel is of two."""
+    data = finetune.BoxSet("scenes", True, None)
+    for index in range(len(data)):
+        image, found = data.read(index)
+        assert image.shape == (3, SIDE, SIDE) and (found["masks"].sum(0) <= 1).all()
+        assert len(found["labels"]) >= 1 and found["masks"].any((1, 2)).all()
+        for mask, (left, top, right, bottom) in zip(found["masks"], found["boxes"].int().tolist()):
+            rows, columns = mask.nonzero(as_tuple=True)
+            assert [left, top] == [columns.min(), rows.min()]
+            assert [right, bottom] == [columns.max() + 1, rows.max() + 1]
+
+
+def test_objects_are_scaled_and_flipped_with_their_image(coco):
+    """The bright square is where its box and its mask are. The crowd is not trained on."""
+    data = finetune.BoxSet(str(coco), True, None)
+    assert len(data) == 8 and data.classes == ["odd", "even"] and "1 without objects, 8" in data.found
+    flipped = set()
+    for epoch in range(12):
+        image, found = data.view(data.read(3), 3, epoch, (32, 32), (0.5, 1.0), 0)
+        assert 16 <= min(image.shape[1:]) <= 32 and len(found["labels"]) == 1
+        left, top, right, bottom = found["boxes"][0].round().int().tolist()
+        assert image[:, top + 1:bottom - 1, left + 1:right - 1].min() > 150
+        ys, xs = found["masks"][0].nonzero(as_tuple=True)
+        near = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert (found["boxes"][0] - near).abs().max() <= 1
+        flipped.add(left < image.shape[2] / 4)
+    assert len(flipped) == 2
+    tall, _ = data.view((torch.zeros(3, 300, 30), data.read(3)[1]), 3, 0, (32, 32), (1.0, 1.0), 0)
+    assert max(tall.shape) == round(32 * 1333 / 800)
+
+
+def spoilt(coco, change, split="train2017"):
+    file = coco / "annotations" / f"instances_{split}.json"
+    held = json.loads(file.read_text())
+    change(held)
+    file.write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize("change, code, says", [
+    (lambda held: held.pop("categories"), 2, "instances_train2017.json is not of COCO's format"),
+    (lambda held: held["annotations"][0].update(bbox=[5, 10, 70, 20]), 2,
+     "instances_train2017.json: the box of object 0 is not within its 60 x 40 image"),
+    (lambda held: held["annotations"][0].update(category_id=3), 2, "not of COCO's format: KeyError"),
+    (lambda held: held["annotations"].clear(), 2, "instances_train2017.json has no objects"),
+    (lambda held: held["images"][1].update(height=41), 1, "1.jpg: it is [40, 60] high and wide"),
+    (lambda held: held["annotations"][0].update(segmentation=dict(size=[9, 9], counts=[81])), 1,
+     "the mask of object 0 of"),
+    (lambda held: held["annotations"][0].update(segmentation=dict(size=[40, 60], counts="a5")), 1,
+     "decode them with pycocotools"),
+    (lambda held: held["images"][1].update(file_name="gone.jpg"), 2, "gone.jpg of"),
+    (lambda held: held["categories"][0].update(name="other"), 2, "has other classes")])
+def test_annotations_that_do_not_fit_are_named(change, code, says, coco, tmp_path, capfd):
+    spoilt(coco, change)
+    if "gone" in says:
+        spoilt(coco, lambda held: held["images"].sort(key=lambda x: x["id"], reverse=True))
+        spoilt(coco, lambda held: [x.update(file_name="gone.jpg") for x in held["images"]])
+    assert detect("--data", coco, "--out", tmp_path / "run") == code
+    assert says in capfd.readouterr().err
+
+
+def test_broken_json_is_named(coco, tmp_path, capfd):
+    (coco / "annotations/instances_val2017.json").write_text('{"images": [')
+    assert detect("--data", coco, "--out", tmp_path / "run") == 2
+    assert "instances_val2017.json is not of COCO's format" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--labels 3", "--labels"), ("--data shapes", "nor a folder with annotations/instances_train"),
+    ("--neck c4", "vit_micro is no ResNet"), ("--compile", "--head detect change"),
+    ("--eval --weights none", "has no head for"), ("--crop 0.5 2.0", "--crop")])
+def test_what_is_refused(flags, says, few_scenes, tmp_path, capfd):
+    assert detect("--data", "scenes", *flags.split(), "--out", tmp_path / "run") == 2
+    assert says in capfd.readouterr().err
+
+
+def test_pre_training_reads_a_split_of_coco(coco):
+    """And not the other's images."""
+    assert len(pretrain.image_files(pretrain.inner(str(coco), "train"))[0]) == 9
+    assert len(pretrain.image_files(pretrain.inner(str(coco), "val"))[0]) == 5
+
+
+# --- The model ---
+
+@pytest.mark.parametrize("name, size, patch, kind", [
+    ("vit_micro", 32, 8, "fpn"), ("resnet18", 64, 8, "fpn"), ("resnet18", 64, 8, "c4")])
+def test_a_detector_trains_every_parameter(name, size, patch, kind):
+    """On images of two sizes, one of them without objects; and finds what it finds in them."""
+    torch.manual_seed(0)
+    encoder = models.encoder(name, size, patch)
+    model = models.Detector(encoder, 3, size, 2 * size, kind, 16, 16)
+    images = [torch.rand(3, size, size), torch.rand(3, size - 10, size + 9)]
+    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(),
+                masks=torch.zeros(0, size - 10, size + 9, dtype=torch.uint8))
+    one = dict(boxes=torch.tensor([[4.0, 4, 28, 28]]), labels=torch.tensor([2]),
+               masks=torch.ones(1, size, size, dtype=torch.uint8))
+    losses = model(images, None, [one, none])
+    sum(losses.values()).backward()
+    assert len(losses) == 5
+    for parameter, x in model.named_parameters():
+        if not parameter.endswith("pos_embed"):
+            assert x.grad is not None and x.grad.isfinite().all() and x.grad.any(), parameter
+    model.zero_grad()
+    losses = model(images[1:], None, [none])
+    assert all(x.isfinite() for x in losses.values())
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        found = model.eval()(images)
+    assert [x["masks"].shape[2:] for x in found] == [(size, size), (size - 10, size + 9)]
+    assert all(x["boxes"].dtype == torch.float32 for x in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind, relative", [
+    ("resnet50", "c4", False), ("resnet50", "fpn", False), ("vit_small", "fpn", True)])
+def test_a_step_at_the_papers_sizes(name, kind, relative):
+    """Short side 800, long 1216: losses and every gradient are finite."""
+    model = models.Detector(models.encoder(name, 224, 16, 3, 0, relative), 80, 800, 1333, kind)
+    boxes = torch.tensor([[100.0, 100, 500, 400], [600, 300, 700, 380]])
+    truth = dict(boxes=boxes, labels=torch.tensor([1, 80]),
+                 masks=torch.ones(2, 800, 1210, dtype=torch.uint8))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([torch.rand(3, 800, 1210)], None, [truth])
+    sum(losses.values()).backward()
+    assert all(x.isfinite() for x in losses.values())
+    for parameter, x in model.named_parameters():
+        assert parameter.endswith("pos_embed") or x.grad.isfinite().all(), parameter
+
+
+# --- The run ---
+
+@pytest.mark.parametrize("flags, want", [
+    ("--data DIR", dict(recipe="scenes_boxes", img_size=[64])),
+    ("--data DIR --recipe coco_bm", dict(img_size=[800], batch_size=16, layer_decay=0.75,
+                                         crop=[0.6, 1.0], schedule="step", optimizer="adamw")),
+    ("--data DIR --recipe coco_a2", dict(relative_positions=True, neck="fpn")),
+    ("--data DIR --model resnet50", dict(recipe="coco_c4", neck="c4", optimizer="sgd",
+                                         crop=[0.8, 1.0], weight_decay=1e-4)),
+    ("", dict(recipe="scenes_boxes", data="scenes", neck="fpn"))])
+def test_recipes(flags, want, coco, few_scenes):
+    """BM 4.4: 3e-4, a tenth after epochs 9 and 11 of 12. MoCo's ResNets: 0.02 by SGD."""
+    model = [] if "--model" in flags else ["--model", "vit_micro"]
+    args, _, _ = finetune.options(["--head", "detect", *model,
+                                   *flags.replace("DIR", str(coco)).split()])
+    assert want.items() <= vars(args).items()
+    if args.recipe.startswith("coco"):
+        peak = args.lr * 16 / 256
+        assert peak == pytest.approx(0.02 if args.neck == "c4" else 3e-4)
+        total = 24 if args.neck == "c4" else 12
+        rates = [pretrain.learning_rate(epoch, total, 0, peak, args.schedule, args.drops) / peak
+                 for epoch in range(total)]
+        first, second = (16, 22) if args.neck == "c4" else (9, 11)
+        assert np.allclose(rates, [10.0 ** -((i >= first) + (i >= second)) for i in range(total)])
+
+
+def test_imagenet_sized_models_get_the_papers_recipe(coco, imagenet):
+    args, _, _ = finetune.options(f"--head detect --data {coco} --model vit_base".split())
+    assert args.recipe == "coco_bm" and args.epochs == 12 and args.batch_size == 16
+
+
+def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
+    """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
+    encoder = tmp_path / "encoder"
+    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
+    assert pretrain.command(pretrain.main, [*argv, str(encoder)]) == 0
+    assert detect("--weights", encoder, "--patch_size", 4, "--out", tmp_path / "run") == 0
+    found = result_of(tmp_path / "run")
+    assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found["box_ap"] <= 100
+    assert (tmp_path / "run/found.png").exists()
+    assert [line["step"] for line in log_of(tmp_path / "run") if "box_ap" in line] == [2, 4]
+    argv = ["--eval", "--weights", tmp_path / "run", "--amp", "off", "--out"]
+    assert pretrain.command(finetune.main, [*map(str, argv), str(tmp_path / "eval")]) == 0
+    assert result_of(tmp_path / "eval")["box_ap"] == found["box_ap"]
+    assert result_of(tmp_path / "eval")["mask_ap50"] == found["mask_ap50"]
+
+
+def test_two_processes_and_resuming_change_nothing(coco, tmp_path):
+    """Five images to measure cannot be halved: --eval by two finds what one found."""
+    argv = ["--data", coco, "--out"]
+    assert detect(*argv, tmp_path / "one") == 0
+    one = result_of(tmp_path / "one")
+    measure = ["--eval", "--weights", tmp_path / "one", "--amp", "off", "--workers", 0, "--out"]
+    codes, said = together("finetune", *measure, tmp_path / "eval")
+    assert codes == [0, 0], said
+    two = result_of(tmp_path / "eval")
+    assert one["images"] == two["images"] == 5
+    assert [one[k] for k in one if "_ap" in k] == [two[k] for k in one if "_ap" in k]
+    codes, said = together("finetune", *SMALL, *argv, tmp_path / "two")
+    assert codes == [0, 0], said
+    pair = [log_of(tmp_path / name)[0]["loss"] for name in ("one", "two")]
+    assert pair[0] == pytest.approx(pair[1], rel=0.2)  # means over other parts of a batch
+
+    real, calls = finetune.learning_rate, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    finetune.learning_rate = stopped
+    assert detect(*argv, tmp_path / "parts") == 130
+    finetune.learning_rate = real
+    assert detect(*argv, tmp_path / "parts", "--resume") == 0
+    pairs = zip(weights_of(tmp_path / "parts").values(), weights_of(tmp_path / "one").values())
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_the_commands_of_the_readme(few_scenes, coco, tmp_path):
+    """From random weights and a run, on scenes and on a folder."""
+    weights = tmp_path / "run"
+    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
+    assert pretrain.command(pretrain.main, [*argv, str(weights)]) == 0
+    text = (Path(finetune.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^(?:python|torchrun \S+) finetune.py (.*--head detect.*)$", text, re.M)
+    assert len(commands) == 3
+    for i, command in enumerate(commands):
+        command = re.sub(r"runs/\S+", str(weights), command).replace("/path/to/coco", str(coco))
+        less = ["--patch_size", 4] if str(weights) in command else []
+        argv = [*SMALL, *shlex.split(command), *less, "--steps", 1, "--out", tmp_path / str(i)]
+        assert pretrain.command(finetune.main, [*map(str, argv)]) == 0
+        assert result_of(tmp_path / str(i))["images"] == 5
