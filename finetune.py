@@ -429,6 +429,13 @@ class AnnotatedSet(pretrain.FolderSet):
     def path(self, index):
         return f"scene {index}" if self.scenes else super().path(index)
 
+    def upright(self, index):
+        """An image (3, H, W) uint8 of a folder."""
+        with Image.open(self.path(index)) as picture:
+            if picture.getexif().get(0x0112, 1) != 1:
+                raise ValueError("EXIF turns it, and not its annotation: save it upright")
+        return pretrain.FolderSet.read(self, index)
+
     def readable(self, rows):
         """(index, what `read` returns) of each of these rows that can be read."""
         for index in rows:
@@ -466,10 +473,7 @@ class PixelSet(AnnotatedSet):
             image = self.scenes.drawn(torch.tensor([index]))[0]
             kinds = F.pad(self.scenes.kinds[index] + 1, (1, 0)).to(torch.uint8)
             return torch.cat([image[:3], kinds[image[3:].long()]])
-        image, path = super().read(index), self.annotation(index)
-        with Image.open(self.path(index)) as picture:
-            if picture.getexif().get(0x0112, 1) != 1:
-                raise ValueError("EXIF turns it, and not its annotation: save it upright")
+        image, path = self.upright(index), self.annotation(index)
         with Image.open(path) as picture:
             labels = torch.from_numpy(np.array(picture).astype(np.int64))
         if labels.shape != image.shape[1:] or labels.max() > len(self.classes):
@@ -524,30 +528,32 @@ class BoxSet(AnnotatedSet):
             kinds = sorted(held["categories"], key=lambda kind: kind["id"])
             number = {kind["id"]: i for i, kind in enumerate(kinds, 1)}
             for a in held["annotations"]:
-                few = {key: a.get(key) for key in ("id", "bbox", "segmentation", "iscrowd", "area")}
-                few["left"], few["top"], few["width"], few["height"] = few.pop("bbox")
-                images[a["image_id"]]["objects"].append(dict(few, label=number[a["category_id"]]))
+                few = {key: a.get(key) for key in ("id", "segmentation", "iscrowd", "area")}
+                x, y, w, h = a["bbox"]
+                images[a["image_id"]]["objects"].append(
+                    dict(few, box=[x, y, x + w, y + h], label=number[a["category_id"]]))
             self.classes = [kind["name"] for kind in kinds]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} is not of COCO's format: {type(error).__name__} {error}")
 
         passed = 0
         for image in images.values():
-            H, W = image["size"]
+            (H, W), objects = image["size"], []
             for a in image["objects"]:
-                right, bottom = a["left"] + a["width"], a["top"] + a["height"]
-                check(min(a["left"], a["top"]) >= -1 and right <= W + 1 and bottom <= H + 1,
+                left, top, right, bottom = a["box"]
+                check(min(left, top) >= -1 and right <= W + 1 and bottom <= H + 1,
                       f"{self.file}: the box of object {a['id']} is not within its {W} x {H} image")
-            if train:  # on all but crowds, and boxes of no size
-                objects = [a for a in image["objects"] if not a["iscrowd"]
-                           and a["width"] > 0 and a["height"] > 0]
-                passed += len(image["objects"]) - len(objects)
-                image["objects"] = objects
+                if not train or left < right and top < bottom and not a["iscrowd"]:
+                    objects.append(a)
+            passed += len(image["objects"]) - len(objects)
+            image["objects"] = objects
         kept = [image for image in images.values() if image["objects"] or not train]
         check(kept, f"{self.file} has no objects")
         self.names = np.array([os.fsencode(image["name"]) for image in kept])
-        self.found = (f"{len(kept):,} images in {self.folder} ({len(images) - len(kept):,} without "
-                      f"objects, {passed:,} crowds and empty boxes left out)")
+        self.found = f"{len(kept):,} images in {self.folder}"
+        if train:
+            self.found += (f" ({len(images) - len(kept):,} without objects, {passed:,} crowds and "
+                           "empty boxes left out)")
         check(os.path.exists(self.path(0)), f"{self.path(0)} of {self.file} is not there")
         lines = [json.dumps(image).encode() for image in kept]  # one block, not a million objects
         self.lines = np.frombuffer(b"".join(lines), np.uint8)
@@ -562,7 +568,7 @@ class BoxSet(AnnotatedSet):
             boxes = ops.masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
             return image[:3], dict(boxes=boxes, labels=kinds[which - 1] + 1, masks=masks.byte(),
                                    crowd=torch.zeros(len(which)).bool(), area=masks.sum((1, 2)))
-        image = super().read(index)
+        image = self.upright(index)
         record = json.loads(self.lines[slice(*self.ends[index:index + 2])].tobytes())
         objects, size = record["objects"], [*image.shape[1:]]
         if record["size"] != size:
@@ -573,12 +579,10 @@ class BoxSet(AnnotatedSet):
                 mask |= torch.from_numpy(mask_of(a["segmentation"], *size))
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"the mask of object {a['id']} of {self.file}: {error}")
-        boxes = torch.tensor([[a["left"], a["top"], a["width"], a["height"]] for a in objects])
-        boxes = boxes.view(-1, 4).float()
-        boxes[:, 2:] += boxes[:, :2]
         area = [mask.sum() if a["area"] is None else a["area"] for mask, a in zip(masks, objects)]
-        return image, dict(boxes=boxes, labels=torch.tensor([a["label"] for a in objects]).long(),
-                           masks=masks, crowd=torch.tensor([a["iscrowd"] == 1 for a in objects]).bool(),
+        return image, dict(boxes=torch.tensor([a["box"] for a in objects]).view(-1, 4).float(),
+                           labels=torch.tensor([a["label"] for a in objects]).long(), masks=masks,
+                           crowd=torch.tensor([a["iscrowd"] == 1 for a in objects]).bool(),
                            area=torch.tensor(area))
 
     def view(self, item, index, epoch, size, scale, seed):

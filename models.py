@@ -156,15 +156,16 @@ def attend(q, k, v, bias=None):
     return (scores if bias is None else scores + bias).softmax(dim=3) @ v
 
 
-def relative_index(grid):
+def relative_index(grid, device=None):
     """Each pair of tokens' row in a relative position table, BEiT's layout: (1 + N, 1 + N) int64.
     First (2 gh - 1)(2 gw - 1) offsets of patches, then cls to patch, patch to cls, cls to cls.
     """
     gh, gw = grid
-    axes = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
+    axes = (torch.arange(n, device=device) for n in grid)
+    axes = torch.meshgrid(*axes, indexing="ij")
     dy, dx = (x.flatten()[:, None] - x.flatten()[None, :] for x in axes)  # (N, N)
     offsets = (2 * gh - 1) * (2 * gw - 1)
-    index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.long)
+    index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.long, device=device)
     index[1:, 1:] = (dy + gh - 1) * (2 * gw - 1) + dx + gw - 1
     index[0, 1:] = offsets
     index[1:, 0] = offsets + 1
@@ -287,7 +288,7 @@ class ViT(Encoder):
         if grid != self.grid:
             grids = self.grid, grid
             position = resize_positions(position, *grids)
-            index = None if index is None else relative_index(grid).to(index.device)
+            index = None if index is None else relative_index(grid, index.device)
         index = None if index is None else index[None]  # (1, 1 + N, 1 + N)
         if hidden is not None:
             row, patch = (~hidden).nonzero(as_tuple=True)
@@ -702,6 +703,8 @@ class Detector(nn.Module):
         rpn = detection.rpn.RPNHead(neck.out_channels, anchors.num_anchors_per_location()[0])
         boxes = detection.faster_rcnn.FastRCNNPredictor(top, classes + 1)
         masks = detection.mask_rcnn.MaskRCNNPredictor(in_mask, width, classes + 1)
+        proposed = dict(train=4 * sampled, test=2 * sampled)
+        many = 6 if kind == "c4" else 1  # of one map, as detectron2's
         self.rcnn = detection.MaskRCNN(
             neck, min_size=short, max_size=longest, image_mean=[0.0] * encoder.channels,
             image_std=[1.0] * encoder.channels, _skip_resize=True,  # in training
@@ -709,9 +712,9 @@ class Detector(nn.Module):
             box_roi_pool=ops.MultiScaleRoIAlign(levels, 14 if kind == "c4" else 7, 2),
             mask_roi_pool=ops.MultiScaleRoIAlign(levels, 14, 2), **heads,
             box_predictor=Float32(boxes), mask_predictor=Float32(masks),
-            box_batch_size_per_image=sampled, **{
-                f"rpn_{when}_nms_top_n_{mode}": n * sampled for when in ("pre", "post")
-                for mode, n in (("train", 4), ("test", 2))})
+            box_batch_size_per_image=sampled,
+            **{f"rpn_pre_nms_top_n_{mode}": many * n for mode, n in proposed.items()},
+            **{f"rpn_post_nms_top_n_{mode}": n for mode, n in proposed.items()})
         self.rcnn.transform.size_divisible = neck.pyramid.multiple
 
     def forward(self, images, drop=None, targets=None):
