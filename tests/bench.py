@@ -86,9 +86,11 @@ def compare(label, ours, what, other, repeat):
     report_ratio(f"{label}: {what}, time", zip(one, two))
 
 
-PAPER = "--data .github --batch_size 32 --model "  # any folder has the paper's sizes
-VIT_B, RESNET, SMALL = "ViT-B/16 at 224, batch 32", "ResNet-50 at 224, batch 32", "small ViT, 32 px"
-NETWORKS = {VIT_B: PAPER + "vit_base", "ViT-S/16 at 224, batch 32": PAPER + "vit_small",
+N = 256 if device.type == "cuda" else 32
+PAPER = f"--data .github --batch_size {N} --model "  # a folder has the paper's sizes
+VIT_B, RESNET = f"ViT-B/16 at 224, batch {N}", f"ResNet-50 at 224, batch {N}"
+SMALL = "small ViT, 32 px"
+NETWORKS = {VIT_B: PAPER + "vit_base", f"ViT-S/16 at 224, batch {N}": PAPER + "vit_small",
             RESNET: PAPER + "resnet50", f"{SMALL}, batch 256": "--model vit_micro",
             "ResNet-18, 64 px, batch 256": "--model resnet18"}
 # what settling a command line asks of data
@@ -170,8 +172,8 @@ def a2mim():
 def finetune_():
     """By the papers' recipes; frozen features; RandAugment."""
     for label, classes, flags in (
-            ("ViT-B/16, deit, batch 32", 1000, NETWORKS[VIT_B]),
-            ("ResNet-50, rsb_a3 at 160, batch 32", 1000, NETWORKS[RESNET]),
+            (f"ViT-B/16, deit, batch {N}", 1000, NETWORKS[VIT_B]),
+            (f"ResNet-50, rsb_a3 at 160, batch {N}", 1000, NETWORKS[RESNET]),
             (f"{SMALL}, batch 64", 10, "")):
         args, _, _ = finetune.options(flags.split())
         finetune.settle(args, process, DATA)
@@ -277,7 +279,8 @@ def profile():
     work()
     with torch.profiler.profile() as p:
         work()
-    events = [(e.key.lower(), e.self_cpu_time_total) for e in p.key_averages()]
+    clock = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    events = [(e.key.lower(), getattr(e, clock)) for e in p.key_averages()]
     whole = rest = sum(t for _, t in events)
     for group in ("matrix products: mm linear convolution", "casts and copies: copy_ cat clone",
                   "softmax: softmax", "layer norm: layer_norm", "GELU: gelu", "optimiser: adamw"):
@@ -363,8 +366,8 @@ def compile_():
 
 
 PARTS = {part.__name__.strip("_"): part for part in (
-    step, a2mim, finetune_, dense, analyze_, profile, degrade_, input_, processes, attention, memory,
-    budget, compile_)}
+    step, a2mim, finetune_, dense, analyze_, profile, degrade_, input_, processes, attention,
+    memory, budget, compile_)}
 
 if __name__ == "__main__":
     os.chdir(table1.ROOT)

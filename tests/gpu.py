@@ -1,0 +1,185 @@
+"""The CUDA path, once, for real: under eight minutes on one GPU.
+
+    python tests/gpu.py                          all parts
+    python tests/gpu.py same curves              only these, of: same curves runs kill scripts speed
+    python tests/gpu.py --device cpu             with small numbers, to try this script
+
+A line a figure, with what is wanted of it; the last line is JSON. Exit code 1 where something
+differs from what is wanted. pytest does not collect it.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import bench  # it finds the others
+import table1
+import torch
+import torch.nn.functional as F
+from torchvision import io
+
+import degrade
+import losses
+import models
+import pretrain
+
+p = pretrain.Parser(description=__doc__.split("\n")[0])
+p.add_argument("parts", nargs="*", help="default: all")
+p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+asked = p.parse_args() if __name__ == "__main__" else p.parse_args([])
+device, figures, wrong = torch.device(asked.device), {}, []
+BIG = asked.device == "cuda"
+SMALL = ("--img_size 32 --patch_size 4 --batch_size 8 --steps 6 --workers 1 --log_every 1 "
+         f"--device {asked.device}").split()
+folder = Path(tempfile.mkdtemp())
+
+
+def report(name, value, right=True, wanted=""):
+    figures[name] = value
+    print(f"{name:64} {value} {wanted}{'' if right else '   <-- WRONG'}", flush=True)
+    if not right:
+        wrong.append(name)
+
+
+def command(name, script, *argv, launcher=(), code=0):
+    """Run a script in a folder of its own -> that folder and the lines of its log."""
+    out, start = folder / name.replace(" ", "_"), time.perf_counter()
+    argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv)]
+    if script != "analyze":
+        argv += ["--out", out]
+    done = subprocess.run(argv, cwd=table1.ROOT, capture_output=True, text=True)
+    last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+    report(f"{name}: seconds", round(time.perf_counter() - start, 1), done.returncode == code,
+           "" if done.returncode == code else f"exit code {done.returncode}: {last}")
+    log = out / "log.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    return out, [x for x in lines if "loss" in x]
+
+
+def photos():
+    """A labelled folder of JPEGs, made once: DIR/{train,val}/<class>/."""
+    where = folder / "photos"
+    if not where.exists():
+        for i in range(1200 if BIG else 24):
+            soft = F.interpolate(torch.randn(1, 3, 48, 48), (256, 320), mode="bicubic")[0]
+            to = where / ("val" if i % 6 == 0 else "train") / f"class{i % 4}"
+            to.mkdir(parents=True, exist_ok=True)
+            picture = 128 + 50 * soft + 4 * torch.randn(3, 256, 320)
+            io.write_jpeg(picture.clamp(0, 255).byte(), str(to / f"{i}.jpg"), 90)
+    return where
+
+
+def same():
+    """What each task does, each network's loss and gradient, beside the CPU's, all in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for task in degrade.TASKS:
+        for name in ("vit_micro", "resnet18"):
+            args = pretrain.options(f"--task {task} --model {name} --img_size 64 --patch_size 8 "
+                                    "--batch_size 4".split())
+            pretrain.settle(args, bench.process, bench.DATA)
+            view, found = torch.rand(4, 3, *args.view, generator=pretrain.seeded(0)), []
+            for where in (torch.device("cpu"), device):
+                torch.manual_seed(0)
+                model = models.to_device(models.recovery_model(
+                    name, 64, 8, 3, args.token_at, args.token_how, args.decoder), where)
+                d = degrade.degrade(view.to(where), task, args.img_size, 8, pretrain.seeded(1),
+                                    **args.settings)
+                loss = losses.recovery_loss(model(d.inputs, d.hidden), model.normalize(d.target),
+                                            args.img_size, 8, d.counted, args.norm_target,
+                                            args.band_weight, args.loss, args.freq)
+                loss.backward()
+                found.append((d.inputs.cpu(), loss.item(), pretrain.clipped_norm(model, 0).item()))
+            (x, *a), (y, *b) = found
+            apart = (x - y).abs().max().item()
+            report(f"{task}: largest difference of a pixel", apart, apart < 1e-4, "below 1e-4")
+            apart = max(abs(m / n - 1) for m, n in zip(a, b))
+            report(f"{task}, {name}: loss, gradient, relative", apart, apart < 1e-3, "below 1e-3")
+
+
+def curves():
+    """The first 20 losses beside the CPU's, for the same seed, in bf16."""
+    for task, model in (("zoom_in_mask", "vit_micro"), ("a2mim", "resnet18")):
+        found = []
+        for where in ("cpu", asked.device):
+            argv = [*SMALL, "--task", task, "--model", model, "--steps", 20, "--amp", "bf16"]
+            argv += ["--batch_size", 64, "--device", where]
+            found.append(command(f"curve {task} {where} {len(found)}", "pretrain", *argv)[1])
+        apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*found))
+        report(f"{task}, {model}: 20 losses beside the CPU's, relative", apart, apart < 1e-2,
+               "below 1e-2")
+
+
+def runs():
+    """200 steps of each paper, from JPEGs and from memory, in both precisions, compiled."""
+    for task, model in (("zoom_in_mask", "vit_base"), ("a2mim", "resnet50")):
+        for data, amp, more in ((photos(), "bf16", ""), ("shapes", "bf16", ""),
+                                ("shapes", "fp16", ""), ("shapes", "bf16", "--compile")):
+            argv = f"--task {task} --data {data} --amp {amp} {more} --device {asked.device}".split()
+            argv += SMALL if not BIG else f"--model {model} --batch_size 128 --img_size 224 " \
+                "--patch_size 16 --accum 1 --steps 200 --log_every 20".split()
+            if not BIG:
+                argv += ["--amp", "bf16", "--model", "vit_micro" if "vit" in model else "resnet18"]
+            kind = "JPEGs" if data == photos() else "memory"
+            out, lines = command(f"{task} {model} {kind} {amp} {more}", "pretrain", *argv)
+            if lines:
+                report(f"{out.name}: images/s", median(x["images_per_s"] for x in lines[1:]))
+                report(f"{out.name}: waiting for data", median(x["data_wait"] for x in lines[1:]))
+                report(f"{out.name}: loss falls", [lines[0]["loss"], lines[-1]["loss"]],
+                       not BIG or lines[-1]["loss"] < lines[0]["loss"])
+
+
+def kill():
+    """NCCL, and a run that goes on after kill -9: its losses are those of one never stopped."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=1".split()
+    argv = [*SMALL, "--steps", 60, "--save_every", 20, "--batch_size", 64]
+    whole = command("never stopped", "pretrain", *argv, launcher=launcher)[1]
+    out = folder / "killed"
+    child = subprocess.Popen([sys.executable, "pretrain.py", *map(str, argv), "--out", out],
+                             cwd=table1.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "checkpoint.pt").exists() and child.poll() is None:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    parts = command("killed", "pretrain", *argv, "--resume", launcher=launcher)[1]
+    apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(whole, parts))
+    right = len(whole) == len(parts) and apart < 1e-2
+    report("killed and resumed: losses beside one never stopped, relative", apart, right)
+
+
+def scripts():
+    """Each of the others once."""
+    sizes = "--img_size 32 --patch_size 4 --device".split() + [asked.device]
+    run, _ = command("encoder", "pretrain", *SMALL, "--data", photos())
+    tuned, _ = command("finetune", "finetune", *SMALL, "--weights", run)
+    command("probe", "probe", *sizes, "--weights", run)
+    command("analyze", "analyze", "fourier", run, "--device", asked.device, "--out", folder / "a")
+    for head in ("segment", "detect"):
+        command(head, "finetune", *SMALL, "--weights", run, "--head", head, "--data", "scenes")
+
+
+def speed():
+    """Images/s and shares of the peak, where the time goes: tests/bench.py."""
+    parts = ["step", "a2mim", "finetune", "dense", "profile", "compile"] if BIG else ["degrade"]
+    done = subprocess.run([sys.executable, "tests/bench.py", *parts], cwd=table1.ROOT, text=True,
+                          stdout=subprocess.PIPE)
+    print(done.stdout, flush=True)
+    report("bench.py: exit code", done.returncode, done.returncode == 0)
+
+
+PARTS = {part.__name__: part for part in (same, curves, runs, kill, scripts, speed)}
+
+if __name__ == "__main__":
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu.py: no CUDA here: --device cpu tries the script with small numbers")
+    about = torch.cuda.get_device_name() if BIG else "CPU"
+    start = time.perf_counter()
+    for name in asked.parts or PARTS:
+        PARTS[name]()
+    print(json.dumps(dict(device=about, seconds=round(time.perf_counter() - start), wrong=wrong,
+                          **figures)))
+    sys.exit(bool(wrong))
