@@ -113,7 +113,8 @@ def test_the_blocks_probe_pools_the_cls_token_or_the_patches(cls):
 
 # --- The command ---
 
-@pytest.mark.parametrize("model, flags", [("vit_micro", []), ("resnet18", RESNET)])
+@pytest.mark.parametrize("model, flags", [
+    ("vit_micro", []), pytest.param("resnet18", RESNET, marks=pytest.mark.slow)])
 def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatch, short_fits):
     """Tokens are computed once, or anew each epoch, to the same end. The backbone is in eval() and
     stays as it was.

@@ -181,6 +181,7 @@ def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
         assert result["images"] == 13
 
 
+@pytest.mark.slow
 def test_the_command_that_measures_torchvisions_weights(labelled, tmp_path):
     """Their class scores on these pictures, measured by us, are torchvision's own."""
     torch.manual_seed(0)
