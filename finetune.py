@@ -18,6 +18,7 @@ The last line is JSON, also saved as result.json: top-1 and top-5; mean IoU and 
 COCO's AP of boxes and masks; in %, and the images measured.
 """
 import functools
+import hashlib
 import json
 import math
 import os
@@ -52,7 +53,7 @@ def main(argv=None):
     if args.head == "classify":
         data, val = labelled_data(args, process, not args.eval, run.get("classes"))
     else:
-        data, val = annotated_data(args, process)
+        data, val = annotated_data(args, process, not args.eval, run.get("classes"))
     settle(args, process, data)
     evaluate = MEASURES[args.head]
 
@@ -139,11 +140,11 @@ def main(argv=None):
             recent, clock, timed, waited = [], time.perf_counter(), 0, 0.0
         paused = time.perf_counter()  # what follows is not training
         at_checkpoint = done % args.save_every == 0 or done == args.total
+        if at_checkpoint or leaving:
+            pretrain.save(done, args, process, state, recent)
         if at_checkpoint and not leaving:
             result = evaluate(model, val, args, process, amp)
             pretrain.log(args, process, step=done, epoch=epoch, **result)
-        if at_checkpoint or leaving:
-            pretrain.save(done, args, process, state, recent)
         clock += time.perf_counter() - paused
         if leaving and done < args.total:
             return pretrain.leave(received, process)
@@ -217,7 +218,9 @@ def open_run(weights, chosen, trains=False):
     if hasattr(chosen, "head"):  # --eval: the run's
         head = chosen.head or not trains and run.get("head") or head
     data = chosen.data or run.get("data", "shapes")
-    if head != "classify" and not chosen.data and not os.path.isdir(f"{data}/annotations"):
+    of_images = run.get("head", "classify") == "classify"
+    if head != "classify" and of_images and not chosen.data \
+            and not os.path.isdir(f"{data}/annotations"):
         data = "scenes"
     folder = pretrain.kind_of(data) == "folder"
     model = chosen.model or run.get("model", "vit_base" if folder else "vit_micro")
@@ -233,12 +236,14 @@ def open_run(weights, chosen, trains=False):
                     fitted=None)
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
+        if head != "classify":
+            defaults["drop_path"] = 0.0
         if recipe == "small" or recipe.startswith("scenes"):
             defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
     taken = ["root", "patch_size"]
-    if run.get("head", "classify") == "classify":
+    if of_images:
         taken.append("pool")
     if not trains or recipe == "small" or head == "classify" and not maps:
         taken.append("img_size")  # else it is the recipe's
@@ -262,7 +267,7 @@ def usual_recipe(head, run, data, model, img_size, trains):
         return dict(classify="small", segment="scenes_pixels", detect="scenes_boxes")[head]
     maps = not models.MODELS[model].family.tokens
     if head == "segment":
-        return f"ade_{paper.lower()}"
+        return "ade_a2" if maps else f"ade_{paper.lower()}"
     if head == "detect":
         return "coco_c4" if maps else f"coco_{paper.lower()}"
     if trains and maps:
@@ -497,11 +502,14 @@ class PixelSet(AnnotatedSet):
         for view, _ in super().batches(*args, **more):
             yield view[:, :3], (view[:, 3] * 255).round().long()
 
-    def whole(self, rows, at_once=16):
-        """The images of these rows that can be read, as they are, (k, 4, H, W) of one size."""
+    def whole(self, rows, at_once=16, pixels=2 ** 20):
+        """The images of these rows that can be read, as they are, (k, 4, H, W) of one size, of not
+        many more than so many pixels.
+        """
         images = []
         for _, image in self.readable(rows):
-            if images and (len(images) == at_once or image.shape != images[0].shape):
+            if images and (len(images) == at_once or image.shape != images[0].shape
+                           or len(images) * image[0].numel() >= pixels):
                 yield torch.stack(images)
                 images = []
             images.append(image)
@@ -550,14 +558,20 @@ class BoxSet(AnnotatedSet):
         kept = [image for image in images.values() if image["objects"] or not train]
         check(kept, f"{self.file} has no objects")
         self.names = np.array([os.fsencode(image["name"]) for image in kept])
-        self.found = f"{len(kept):,} images in {self.folder}"
+        self.found = f"{len(kept):,} images of {self.file} in {self.folder}"
         if train:
             self.found += (f" ({len(images) - len(kept):,} without objects, {passed:,} crowds and "
                            "empty boxes left out)")
-        check(os.path.exists(self.path(0)), f"{self.path(0)} of {self.file} is not there")
+        absent = [x for x in map(self.path, range(len(kept))) if not os.path.exists(x)]
+        check(not absent, f"{len(absent)} images of {self.file} are not there, such as {absent[:1]}")
         lines = [json.dumps(image).encode() for image in kept]  # one block, not a million objects
         self.lines = np.frombuffer(b"".join(lines), np.uint8)
         self.ends = np.cumsum([0, *map(len, lines)])
+
+    @property
+    def contents(self):
+        more = "" if self.scenes else hashlib.sha1(self.lines).hexdigest()[:12]
+        return f"{super().contents} {more}".strip()
 
     def read(self, index):
         """(3, H, W) uint8, its objects."""
@@ -622,13 +636,12 @@ LONGER = 1333 / 800  # of an image that a detector sees: the longest side over -
 
 
 def mask_of(segmentation, height, width):
-    """COCO's polygons, or run lengths that are not compressed -> (height, width) uint8."""
+    """COCO's polygons or run lengths -> (height, width) uint8."""
     if isinstance(segmentation, dict):
         size, counts = segmentation["size"], segmentation["counts"]
         if size != [height, width]:
             raise ValueError(f"it is {size} high and wide, its image {[height, width]}")
-        if isinstance(counts, str):
-            raise ValueError("its run lengths are compressed: decode them with pycocotools")
+        counts = run_lengths(counts) if isinstance(counts, str) else counts
         inside = np.repeat(np.arange(len(counts)) % 2, counts)
         return inside.reshape(width, height).T.astype(np.uint8)
     mask = np.zeros((height, width), np.uint8)
@@ -637,24 +650,41 @@ def mask_of(segmentation, height, width):
     return mask
 
 
+def run_lengths(text):
+    """COCO's compressed ones: each a number of 5 bits a character, from the third on the difference
+    to the one before the last.
+    """
+    counts, number, bits = [], 0, 0
+    for c in map(ord, text):
+        number |= (c - 48 & 31) << bits
+        bits += 5
+        if not c - 48 & 32:  # its last
+            number -= (c - 48 & 16) << bits - 4  # below zero
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, bits = 0, 0
+    return counts
+
+
 def polygon(points, height, width):
     """The pixels inside a polygon [x, y, x, y ...], as COCO's own code rounds: the outline goes in
     steps of a fifth of a pixel, and where it crosses the middle of a column all pixels that follow
     in the order of columns change sides.
     """
-    corners = (5 * np.array(points, float).reshape(-1, 2) + 0.5).astype(int)
-    walk = []
-    for start, end in zip(corners, np.roll(corners, -1, axis=0)):
-        steps = np.abs(end - start)
-        along = int(steps[0] < steps[1])  # the axis of the larger step
-        back = start[along] > end[along]
-        (low, high), n = (end, start) if back else (start, end), steps[along]
-        t = np.arange(n + 1)
-        slope = (high[1 - along] - low[1 - along]) / max(n, 1)
-        places = [low[along] + t, (low[1 - along] + slope * t + 0.5).astype(int)]
-        places = np.stack(places[::-1] if along else places)
-        walk.append(places[:, ::-1] if back else places)
-    u, v = np.concatenate(walk, axis=1)
+    start = (5 * np.array(points, float).reshape(-1, 2) + 0.5).astype(int)
+    end = np.roll(start, -1, axis=0)
+    size = np.abs(end - start)
+    upright = size[:, 0] < size[:, 1]
+    turned = np.where(upright[:, None, None], np.stack([start, end], 1)[..., ::-1],
+                      np.stack([start, end], 1))  # (edges, 2, 2): the axis of the larger step first
+    low, high = np.sort(turned[..., 0]).T
+    back = turned[:, 0, 0] > turned[:, 1, 0]
+    first, last = np.where(back, turned[:, ::-1, 1].T, turned[:, :, 1].T)  # the other axis
+    slope, steps = (last - first) / np.maximum(high - low, 1), high - low + 1
+    edge = np.repeat(np.arange(len(start)), steps)
+    t = np.arange(len(edge)) - np.repeat(steps.cumsum() - steps, steps)
+    t = np.where(back[edge], steps[edge] - 1 - t, t)
+    along, across = low[edge] + t, (first[edge] + slope[edge] * t + 0.5).astype(int)
+    u, v = np.where(upright[edge], [across, along], [along, across])
     crossing = np.flatnonzero(u[1:] != u[:-1])
     x, y = (np.minimum(z[crossing], z[crossing + 1]) for z in (u, v))
     middle = (x % 5 == 2) & (x // 5 >= 0) & (x // 5 < width)
@@ -670,16 +700,17 @@ def resized(images, short):
     return torch.cat([pixels, F.interpolate(images[:, 3:], size, mode="nearest-exact")], dim=1)
 
 
-def annotated_data(args, process):
-    """The images to train on, and those to measure."""
+def annotated_data(args, process, trains=True, classes=None):
+    """As labelled_data, of images with annotations."""
     check(not args.labels and not args.only, f"--labels, --classes: not of --head {args.head}")
     check((args.num_classes or 0) < 256, f"--num_classes {args.num_classes}: at most 255")
     kind = dict(segment=PixelSet, detect=BoxSet)[args.head]
-    sets = [kind(args.data, train, args.num_classes) for train in (True, False)]
-    check(sets[0].classes == sets[1].classes, f"{args.data} has other classes than are trained on")
+    sets = [kind(args.data, train, args.num_classes) for train in (True, False)[not trains:]]
+    classes = sets[0].classes if trains else classes
+    check(classes in (None, sets[-1].classes), f"{args.data} has other classes than are trained on")
     for data in sets:
         pretrain.same_copies(data, args.data, process)
-    return sets
+    return sets[0], sets[-1]
 
 
 def augmentation(magnitude, deviation, erasing):
@@ -903,7 +934,8 @@ def objects_of(model, image, device, amp):
     """What is found in an image (3, H, W) uint8: boxes, labels, scores, masks (n, H, W) bool."""
     with torch.autocast(device.type, amp, enabled=amp is not None):
         found = model([image.to(device).float() / 255])[0]
-    return {name: x.cpu() if name != "masks" else x[:, 0].cpu() > 0.5 for name, x in found.items()}
+    found["masks"] = found["masks"][:, 0] > 0.5
+    return {name: x.cpu() for name, x in found.items()}
 
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -935,9 +967,11 @@ def boxes_shared(found, truth):
 
 
 def masks_shared(found, truth):
-    a, b = (x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float32)
-            for x in (found["masks"], truth["masks"]))
-    return (a @ b.T).astype(float), a.sum(1), b.sum(1)
+    a, b = (x.reshape(len(x), math.prod(x.shape[1:])) for x in (found["masks"], truth["masks"]))
+    areas = [np.count_nonzero(x, axis=1) for x in (a, b)]
+    if not len(a) or not len(b):
+        return np.zeros((len(a), len(b))), *areas
+    return (a.astype(np.float32) @ b.astype(np.float32).T).astype(float), *areas
 
 
 def match(iou, crowd, area, area_found):

@@ -653,12 +653,45 @@ class Neck(nn.Module):
                                                  ops.feature_pyramid_network.LastLevelMaxPool())
 
     def forward(self, images):
+        images = images + self.pyramid.encoder.mean  # which Shown took off, to pad with it
         if self.kind == "c4":
             maps = {"0": self.pyramid.encoder.encode(images, drop=self.drop, last=3)}
         else:
             maps = self.pyramid(images, self.drop)
             maps = self.fpn({str(i): z for i, z in enumerate(maps)})
         return {name: z.float() for name, z in maps.items()}
+
+
+class Shown(detection.transform.GeneralizedRCNNTransform):
+    """Images as Mask R-CNN is given them: in training as they are, in measuring resized as training
+    images are, antialiased. (torchvision's own are not.)
+    """
+
+    def resize(self, image, target=None):
+        H, W = image.shape[1:]
+        if not self.training:
+            by = min(self.min_size[0] / min(H, W), self.max_size / max(H, W))
+            size = [max(1, round(side * by)) for side in (H, W)]
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        return image, target
+
+
+class Again(nn.Module):
+    """Layers used a second time in a step, whose running statistics are those of the first."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        norms = [m for m in self.layers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before = [m.momentum for m in norms]
+        for m in norms:
+            m.momentum = 0.0
+        x = self.layers(x)
+        for m, momentum in zip(norms, before):
+            m.momentum = momentum
+        return x
 
 
 class Float32(nn.Module):
@@ -674,7 +707,8 @@ class Float32(nn.Module):
 
 class Detector(nn.Module):
     """Boxes and masks of objects, by torchvision's Mask R-CNN on a Neck (BM 4.4, A2 A.2). In "c4"
-    a ResNet's fourth stage is the head of boxes and masks, as in MoCo.
+    a ResNet's fourth stage and a norm are the head of boxes and masks, as in MoCo.
+    # differs from its code: there the masks' part is taken from the boxes', here computed again.
 
     classes: without the background. short, longest: an image's sides as it is measured. sampled:
     boxes of an image that the box and mask losses are of, out of four times as many. Anchors are 8
@@ -691,9 +725,9 @@ class Detector(nn.Module):
         levels = ["0", "1", "2", "3"]
         if kind == "c4":
             levels, anchors, width = ["0"], [sum(anchors, [])], 256
-            stage = encoder.layer4
+            stage = nn.Sequential(encoder.layer4, BatchNorm(encoder.dim))
             boxes = nn.Sequential(stage, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            heads = dict(box_head=boxes, mask_head=stage)
+            heads = dict(box_head=boxes, mask_head=Again(stage))
             top = in_mask = encoder.dim
         else:
             top, in_mask = 4 * width, width
@@ -706,16 +740,15 @@ class Detector(nn.Module):
         proposed = dict(train=4 * sampled, test=2 * sampled)
         many = 6 if kind == "c4" else 1  # of one map, as detectron2's
         self.rcnn = detection.MaskRCNN(
-            neck, min_size=short, max_size=longest, image_mean=[0.0] * encoder.channels,
-            image_std=[1.0] * encoder.channels, _skip_resize=True,  # in training
-            rpn_anchor_generator=anchors, rpn_head=Float32(rpn),
+            neck, rpn_anchor_generator=anchors, rpn_head=Float32(rpn),
             box_roi_pool=ops.MultiScaleRoIAlign(levels, 14 if kind == "c4" else 7, 2),
             mask_roi_pool=ops.MultiScaleRoIAlign(levels, 14, 2), **heads,
             box_predictor=Float32(boxes), mask_predictor=Float32(masks),
             box_batch_size_per_image=sampled,
             **{f"rpn_pre_nms_top_n_{mode}": many * n for mode, n in proposed.items()},
             **{f"rpn_post_nms_top_n_{mode}": n for mode, n in proposed.items()})
-        self.rcnn.transform.size_divisible = neck.pyramid.multiple
+        self.rcnn.transform = Shown(short, longest, encoder.mean.flatten().tolist(),
+                                    [1.0] * encoder.channels, neck.pyramid.multiple)
 
     def forward(self, images, drop=None, targets=None):
         """images: a list of (C, H, W) in [0, 1]. In training: losses by name, of targets, dicts of

@@ -717,10 +717,11 @@ class MemorySet:
 
 
 def coco_file(data, split):
-    """The annotations of a split in COCO's layout, DIR/annotations/instances_SPLIT2017.json (or
-    another name that begins so, the last of them), or None.
+    """The annotations of a split in COCO's layout, DIR/annotations/instances_SPLIT2017.json (or the
+    last of those that begin so), or None.
     """
-    return max(Path(data, "annotations").glob(f"instances_{split}*.json"), default=None)
+    names = sorted(Path(data, "annotations").glob(f"instances_{split}*.json"))
+    return max(names, key=lambda path: path.stem == f"instances_{split}2017", default=None)
 
 
 def inner(data, split):

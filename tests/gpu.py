@@ -158,8 +158,19 @@ def scripts():
     tuned, _ = command("finetune", "finetune", *SMALL, "--weights", run)
     command("probe", "probe", *sizes, "--weights", run)
     command("analyze", "analyze", "fourier", run, "--device", asked.device, "--out", folder / "a")
-    for head in ("segment", "detect"):
-        command(head, "finetune", *SMALL, "--weights", run, "--head", head, "--data", "scenes")
+    for name, more in (("segment", ""), ("detect", ""), ("detect relative", "--relative_positions"),
+                       ("detect c4", "--model resnet18 --img_size 64 --patch_size 8 --neck c4")):
+        argv = [*SMALL, "--head", name.split()[0], "--data", "scenes", *more.split()]
+        argv += ["--weights", run if "c4" not in name and "relative" not in name else "none"]
+        out, _ = command(name, "finetune", *argv)
+        found = []
+        for where in ("cpu", asked.device):  # the same network's measure on both
+            argv = ["--eval", "--weights", out, "--amp", "off", "--device", where]
+            into, _ = command(f"{name} measured on {where} {len(found)}", "finetune", *argv)
+            found.append(json.loads((into / "result.json").read_text()))
+        key = "miou" if name == "segment" else "box_ap"
+        report(f"{name}: {key} on the CPU and here", [x[key] for x in found],
+               abs(found[0][key] - found[1][key]) < 0.3)
 
 
 def speed():

@@ -185,6 +185,7 @@ def test_an_image_without_annotation_is_refused(ade, tmp_path, capfd):
     ("--data DIR --recipe ade_bm", dict(img_size=[512, 512], batch_size=16, layer_decay=0.75)),
     ("--data DIR --recipe ade_a2", dict(batch_size=16, relative_positions=True, crop=[0.5, 2.0])),
     ("", dict(recipe="scenes_pixels", data="scenes", img_size=[48, 48])),
+    ("--data DIR --model resnet50", dict(recipe="ade_a2", drop_path=0, layer_decay=1)),
     ("--model resnet18", dict(recipe="scenes_pixels", img_size=[64, 64], layer_decay=1))])
 def test_recipes(flags, want, ade, few_scenes):
     """BM 4.4: 160,000 steps of 16. A2 A.3: 100 epochs of 16. Nine images get 5,000 steps."""
