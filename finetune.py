@@ -239,7 +239,8 @@ def open_run(weights, chosen, trains=False):
         if head != "classify":
             defaults["drop_path"] = 0.0
         if recipe == "small" or recipe.startswith("scenes"):
-            defaults.update(img_size=[64], patch_size=8, drop_path=0.0)
+            size = 128 if head == "detect" else 64
+            defaults.update(img_size=[size], patch_size=8, drop_path=0.0)
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
     taken = ["root", "patch_size"]
@@ -563,7 +564,7 @@ class BoxSet(AnnotatedSet):
             self.found += (f" ({len(images) - len(kept):,} without objects, {passed:,} crowds and "
                            "empty boxes left out)")
         absent = [x for x in map(self.path, range(len(kept))) if not os.path.exists(x)]
-        check(not absent, f"{len(absent)} images of {self.file} are not there, such as {absent[:1]}")
+        check(not absent, f"{len(absent)} images of {self.file} are not there: {absent[:1]} ...")
         lines = [json.dumps(image).encode() for image in kept]  # one block, not a million objects
         self.lines = np.frombuffer(b"".join(lines), np.uint8)
         self.ends = np.cumsum([0, *map(len, lines)])

@@ -940,7 +940,8 @@ def torchvision_set(args, process, train, labelled):
     """A set by name: images (n, C, H, W) uint8, labels (n,), class names."""
     which = dict(train=train)
     if args.data == "stl10":
-        which = dict(split="test" if not train else "train" if labelled else "train+unlabeled")
+        seen = "train" if labelled else "train+unlabeled"
+        which = dict(split=seen if train else "test")
     kind = functools.partial(getattr(torchvision.datasets, SETS[args.data]), args.root, **which)
     on_rank_0(lambda: kind(download=args.download), process, ValueError,  # it fetches for all
               f"--data {args.data} cannot be read from --root {args.root}")

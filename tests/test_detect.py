@@ -269,7 +269,7 @@ def spoilt(coco, change, split="train2017"):
     (lambda held: held["annotations"][0].update(segmentation=dict(size=[9, 9], counts=[81])), 1,
      "the mask of object 0 of"),
     (lambda held: held["images"][1].update(file_name="gone.jpg"), 2,
-     "instances_train2017.json are not there, such as"),
+     "instances_train2017.json are not there: "),
     (lambda held: held["categories"][0].update(name="other"), 2, "has other classes")])
 def test_annotations_that_do_not_fit_are_named(change, code, says, coco, tmp_path, capfd):
     spoilt(coco, change)
@@ -379,6 +379,7 @@ def test_a_step_at_the_papers_sizes(name, kind, relative):
     ("--data DIR --recipe coco_a2", dict(relative_positions=True, neck="fpn")),
     ("--data DIR --model resnet50", dict(recipe="coco_c4", neck="c4", optimizer="sgd",
                                          crop=[0.8, 1.0], weight_decay=1e-4)),
+    ("--data scenes --model resnet18", dict(recipe="scenes_boxes", img_size=[128], neck="fpn")),
     ("", dict(recipe="scenes_boxes", data="scenes", neck="fpn"))])
 def test_recipes(flags, want, coco, few_scenes):
     """BM 4.4: 3e-4, a tenth after epochs 9 and 11 of 12. MoCo's ResNets: 0.02 by SGD."""
