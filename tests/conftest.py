@@ -4,6 +4,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -215,3 +217,43 @@ def gradients_of(out):
     """AdamW's running mean of the gradients, (parameters,): it shows a gradient's scale."""
     state = checkpoint_of(out)["optimizer"]["state"]
     return torch.cat([s["exp_avg"].flatten() for s in state.values()])
+
+
+# --- Of the two heads for dense predictions ---
+
+def small_encoder(out):
+    """A run of one step, to fine-tune."""
+    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
+    assert pretrain.command(pretrain.main, [*argv, str(out)]) == 0
+    return out
+
+
+def result_of(out):
+    return json.loads(Path(out, "result.json").read_text())
+
+
+def stopped_and_resumed(go, monkeypatch, *argv):
+    """go(*argv), left by Ctrl-C in the third step, and gone on with."""
+    real, calls = finetune.learning_rate, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "learning_rate", stopped)
+        assert go(*argv) == 130
+    assert go(*argv, "--resume") == 0
+
+
+def commands_of_the_readme(go, head, data, tmp_path):
+    """README's three of a head: of a run, of random weights, and on a folder."""
+    weights, text = small_encoder(tmp_path / "run"), (ROOT / "README.md").read_text()
+    commands = re.findall(rf"^(?:python|torchrun \S+) finetune.py (.*--head {head}.*)$", text, re.M)
+    assert len(commands) == 3
+    for i, command in enumerate(commands):
+        command = re.sub(r"/path/to/\w+", str(data), re.sub(r"runs/\S+", str(weights), command))
+        less = ["--patch_size", 4] if str(weights) in command else []
+        assert go(*shlex.split(command), *less, "--steps", 1, "--out", tmp_path / str(i)) == 0
+        assert result_of(tmp_path / str(i))["images"] == 5

@@ -1,9 +1,6 @@
 """Boxes and masks of objects (BM 4.4, A2 A.2): Mask R-CNN on an encoder, scenes, COCO's format and
 its AP."""
 import json
-import re
-import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,8 @@ from PIL import Image
 import finetune
 import models
 import pretrain
-from conftest import log_of, together, weights_of
+from conftest import (commands_of_the_readme, log_of, result_of, small_encoder,
+                      stopped_and_resumed, together, weights_of)
 
 SMALL = ("--head detect --model vit_micro --patch_size 8 --img_size 32 --width 16 --sampled 16 "
          "--batch_size 4 --workers 0 --amp off --steps 4 --save_every 2 --log_every 1").split()
@@ -67,10 +65,6 @@ def coco(tmp_path):
 
 def detect(*argv):
     return pretrain.command(finetune.main, [*SMALL, *map(str, argv)])
-
-
-def result_of(out):
-    return json.loads(Path(out, "result.json").read_text())
 
 
 # --- What is measured ---
@@ -404,9 +398,7 @@ def test_imagenet_sized_models_get_the_papers_recipe(coco, imagenet):
 
 def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
     """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
-    encoder = tmp_path / "encoder"
-    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
-    assert pretrain.command(pretrain.main, [*argv, str(encoder)]) == 0
+    encoder = small_encoder(tmp_path / "encoder")
     assert detect("--weights", encoder, "--patch_size", 4, "--out", tmp_path / "run") == 0
     found = result_of(tmp_path / "run")
     assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found["box_ap"] <= 100
@@ -418,7 +410,7 @@ def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
     assert result_of(tmp_path / "eval")["mask_ap50"] == found["mask_ap50"]
 
 
-def test_two_processes_measure_the_same_and_resuming_changes_nothing(coco, tmp_path):
+def test_two_processes_measure_the_same_and_resuming_changes_nothing(coco, tmp_path, monkeypatch):
     """Five images to measure cannot be halved: --eval by two finds what one found. (Training by two
     has other losses: each is a mean over the boxes that a process has drawn.)
     """
@@ -436,32 +428,10 @@ def test_two_processes_measure_the_same_and_resuming_changes_nothing(coco, tmp_p
     pair = [log_of(tmp_path / name)[0]["loss"] for name in ("one", "two")]
     assert pair[0] == pytest.approx(pair[1], rel=0.2)
 
-    real, calls = finetune.learning_rate, []
-
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-    finetune.learning_rate = stopped
-    assert detect(*argv, tmp_path / "parts") == 130
-    finetune.learning_rate = real
-    assert detect(*argv, tmp_path / "parts", "--resume") == 0
+    stopped_and_resumed(detect, monkeypatch, *argv, tmp_path / "parts")
     pairs = zip(weights_of(tmp_path / "parts").values(), weights_of(tmp_path / "one").values())
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_the_commands_of_the_readme(few_scenes, coco, tmp_path):
-    """From random weights and a run, on scenes and on a folder."""
-    weights = tmp_path / "run"
-    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
-    assert pretrain.command(pretrain.main, [*argv, str(weights)]) == 0
-    text = (Path(finetune.__file__).parent / "README.md").read_text()
-    commands = re.findall(r"^(?:python|torchrun \S+) finetune.py (.*--head detect.*)$", text, re.M)
-    assert len(commands) == 3
-    for i, command in enumerate(commands):
-        command = re.sub(r"runs/\S+", str(weights), command).replace("/path/to/coco", str(coco))
-        less = ["--patch_size", 4] if str(weights) in command else []
-        argv = [*SMALL, *shlex.split(command), *less, "--steps", 1, "--out", tmp_path / str(i)]
-        assert pretrain.command(finetune.main, [*map(str, argv)]) == 0
-        assert result_of(tmp_path / str(i))["images"] == 5
+    commands_of_the_readme(detect, "detect", coco, tmp_path)

@@ -1,8 +1,4 @@
 """A class for every pixel (BM 4.4, A2 5.3): pyramids, UperNet, scenes, ADE20K's layout, IoU."""
-import json
-import re
-import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +8,8 @@ from PIL import Image
 import finetune
 import models
 import pretrain
-from conftest import gradients_of, log_of, together, weights_of
+from conftest import (commands_of_the_readme, gradients_of, log_of, result_of, small_encoder,
+                      stopped_and_resumed, together, weights_of)
 
 SMALL = ("--head segment --model vit_micro --patch_size 8 --img_size 32 --width 8 --batch_size 4 "
          "--workers 0 --amp off --steps 4 --save_every 2 --log_every 1").split()
@@ -42,10 +39,6 @@ def ade(tmp_path):
 
 def segment(*argv):
     return pretrain.command(finetune.main, [*SMALL, *map(str, argv)])
-
-
-def result_of(out):
-    return json.loads(Path(out, "result.json").read_text())
 
 
 # --- Models ---
@@ -200,9 +193,7 @@ def test_recipes(flags, want, ade, few_scenes):
 
 def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
     """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
-    encoder = tmp_path / "encoder"
-    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
-    assert pretrain.command(pretrain.main, [*argv, str(encoder)]) == 0
+    encoder = small_encoder(tmp_path / "encoder")
     argv = ["--weights", encoder, "--patch_size", 4]
     assert segment(*argv, "--out", tmp_path / "run") == 0
     found = result_of(tmp_path / "run")
@@ -214,7 +205,7 @@ def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
     assert result_of(tmp_path / "eval")["miou"] == found["miou"]
 
 
-def test_two_processes_and_resuming_change_nothing(ade, tmp_path):
+def test_two_processes_and_resuming_change_nothing(ade, tmp_path, monkeypatch):
     """Five images to measure cannot be halved."""
     argv = ["--data", ade, "--num_classes", 7, "--crop", 0.75, 1.25, "--out"]
     assert segment(*argv, tmp_path / "one") == 0
@@ -225,32 +216,10 @@ def test_two_processes_and_resuming_change_nothing(ade, tmp_path):
     pair = [gradients_of(tmp_path / name) for name in ("one", "two")]
     assert torch.allclose(*pair, atol=1e-4, rtol=1e-2)
 
-    real, calls = finetune.learning_rate, []
-
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-    finetune.learning_rate = stopped
-    assert segment(*argv, tmp_path / "parts") == 130
-    finetune.learning_rate = real
-    assert segment(*argv, tmp_path / "parts", "--resume") == 0
+    stopped_and_resumed(segment, monkeypatch, *argv, tmp_path / "parts")
     pairs = zip(weights_of(tmp_path / "parts").values(), weights_of(tmp_path / "one").values())
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_the_commands_of_the_readme(few_scenes, ade, tmp_path):
-    """From random weights and a run, on scenes and on a folder."""
-    weights = tmp_path / "run"
-    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
-    assert pretrain.command(pretrain.main, [*argv, str(weights)]) == 0
-    text = (Path(finetune.__file__).parent / "README.md").read_text()
-    commands = re.findall(r"^(?:python|torchrun \S+) finetune.py (.*--head segment.*)$", text, re.M)
-    assert len(commands) == 3
-    for i, command in enumerate(commands):
-        command = re.sub(r"runs/\S+", str(weights), command).replace("/path/to/ade20k", str(ade))
-        less = ["--patch_size", 4] if str(weights) in command else []
-        argv = [*SMALL, *shlex.split(command), *less, "--steps", 1, "--out", tmp_path / str(i)]
-        assert pretrain.command(finetune.main, [*map(str, argv)]) == 0
-        assert result_of(tmp_path / str(i))["images"] == 5
+    commands_of_the_readme(segment, "segment", ade, tmp_path)
