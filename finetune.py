@@ -50,10 +50,8 @@ def main(argv=None):
     args, weights, run = options(argv)
     process = pretrain.set_up(args.device)
     device, on_first, amp = process.device, process.rank == 0, precision(args, process.device)
-    if args.head == "classify":
-        data, val = labelled_data(args, process, not args.eval, run.get("classes"))
-    else:
-        data, val = annotated_data(args, process, not args.eval, run.get("classes"))
+    read = labelled_data if args.head == "classify" else annotated_data
+    data, val = read(args, process, not args.eval, run.get("classes"))
     settle(args, process, data)
     evaluate = MEASURES[args.head]
 
@@ -605,10 +603,9 @@ class BoxSet(AnnotatedSet):
         image, objects = item
         u = torch.rand(2, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
         H, W = image.shape[1:]
-        short, longest = (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size), LONGER * min(size)
-        by = min(short / min(H, W), longest / max(H, W))
-        h, w = (max(1, round(side * by)) for side in (H, W))
-        image = F.interpolate(image[None], (h, w), mode="bilinear", antialias=True)[0]
+        short = (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size)
+        image = models.fitted(image, short, LONGER * min(size))
+        h, w = image.shape[1:]
         masks = F.interpolate(objects["masks"][None], (h, w), mode="nearest-exact")[0]
         boxes = objects["boxes"] * torch.tensor([w / W, h / H, w / W, h / H])
         if u[1] < 0.5:
@@ -622,7 +619,7 @@ class BoxSet(AnnotatedSet):
         return views, torch.tensor(index), torch.tensor(epoch), unread
 
     def to_device(self, views, device):
-        return [(image.to(device, non_blocking=True).float() / 255,
+        return [(pretrain.FolderSet.to_device(self, image, device),
                  {name: x.to(device, non_blocking=True) for name, x in objects.items()})
                 for image, objects in views]
 
@@ -675,8 +672,8 @@ def polygon(points, height, width):
     end = np.roll(start, -1, axis=0)
     size = np.abs(end - start)
     upright = size[:, 0] < size[:, 1]
-    turned = np.where(upright[:, None, None], np.stack([start, end], 1)[..., ::-1],
-                      np.stack([start, end], 1))  # (edges, 2, 2): the axis of the larger step first
+    ends = np.stack([start, end], axis=1)  # (edges, 2, 2); turned: the larger step's axis first
+    turned = np.where(upright[:, None, None], ends[..., ::-1], ends)
     low, high = np.sort(turned[..., 0]).T
     back = turned[:, 0, 0] > turned[:, 1, 0]
     first, last = np.where(back, turned[:, ::-1, 1].T, turned[:, :, 1].T)  # the other axis

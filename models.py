@@ -662,17 +662,22 @@ class Neck(nn.Module):
         return {name: z.float() for name, z in maps.items()}
 
 
+def fitted(image, short, longest):
+    """An image (C, H, W) with its short side as given, or its long side, where that is reached."""
+    H, W = image.shape[1:]
+    by = min(short / min(H, W), longest / max(H, W))
+    size = [max(1, round(side * by)) for side in (H, W)]
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
 class Shown(detection.transform.GeneralizedRCNNTransform):
     """Images as Mask R-CNN is given them: in training as they are, in measuring resized as training
     images are, antialiased. (torchvision's own are not.)
     """
 
     def resize(self, image, target=None):
-        H, W = image.shape[1:]
         if not self.training:
-            by = min(self.min_size[0] / min(H, W), self.max_size / max(H, W))
-            size = [max(1, round(side * by)) for side in (H, W)]
-            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+            image = fitted(image, self.min_size[0], self.max_size)
         return image, target
 
 

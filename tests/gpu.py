@@ -1,4 +1,4 @@
-"""The CUDA path, once, for real: under eight minutes on one GPU.
+"""The CUDA path, once, for real: meant for under eight minutes on one GPU.
 
     python tests/gpu.py                          all parts
     python tests/gpu.py same curves              only these, of: same curves runs kill scripts speed

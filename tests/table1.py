@@ -2,7 +2,7 @@
 
     python tests/table1.py                            built-in pictures, two hours on 2 CPU cores
     python tests/table1.py --data fashion_mnist --download
-    python tests/table1.py --data scenes              segmentation, detection: an hour and a half
+    python tests/table1.py --data scenes              segmentation, detection: three hours
     python tests/table1.py --data scenes-resnet18     the same of a ResNet
     python tests/table1.py --tasks mask none --seeds 1 --share 0.1    a tenth of it
 
@@ -96,30 +96,29 @@ def jobs(args, task, seed):
     """The Jobs of one encoder, in order."""
     d, found = DATA[args.data], []
     heads = d.get("heads")
-    shared = ["--data", "shapes" if heads else args.data, "--root", args.root, "--device", "cpu"]
-    shared += ["--model", d.get("model", "vit_micro"), "--img_size", d["size"], "--patch_size",
-               d.get("patch", 4), "--workers", 0]
+    trained_on, patch = "shapes" if heads else args.data, d.get("patch", 4)
+    shared = ["--root", args.root, "--device", "cpu", "--model", d.get("model", "vit_micro"),
+              "--img_size", d["size"], "--patch_size", patch, "--workers", 0]
     weights = "none" if task == "none" else args.out / f"pretrain-{task}-{seed}"
 
-    def add(script, name, steps, own_seed, *more):
-        argv = [f"{script}.py", *shared, "--seed", own_seed, *more]
+    def add(script, name, steps, own_seed, *more, data=trained_on):
+        argv = [f"{script}.py", "--data", data, *shared, "--seed", own_seed, *more]
         if steps:
             steps = max(1, round(steps * args.share))
             argv += ["--steps", steps, "--resume"]
-        right = dict(data=[x for x in argv if x in pretrain.BUILT_IN + (*pretrain.SETS,)][-1],
-                     seed=own_seed, steps=steps)
+        right = dict(data=data, seed=own_seed, steps=steps)
         found.append(Job(f"{script}-{task}-{seed}{name}", right, [*map(str, argv)]))
 
     if task != "none":
         setting = degrade.task_settings(task)
         unit = setting["mask_unit"]
-        unit = unit if d["size"] // d.get("patch", 4) % unit == 0 else 1  # 7x7
+        unit = unit if d["size"] // patch % unit == 0 else 1  # 7x7
         more = f"--task {task} --mask_unit {unit} --batch_size 128 --lr 3e-3 --save_every 1000"
         steps = d["steps"][setting["mask_ratio"] != 0.75]
         add("pretrain", "", steps, seed, *more.split())
     for head, (size, steps) in (heads or {}).items():
-        add("finetune", f"-{head}", steps, seed, "--weights", weights, "--data", "scenes",
-            "--head", head, "--img_size", size, "--save_every", 100000)
+        add("finetune", f"-{head}", steps, seed, "--weights", weights, "--head", head,
+            "--img_size", size, "--save_every", 100000, data="scenes")
     if heads:
         return found
     add("probe", "", None, seed, "--weights", weights)
@@ -230,7 +229,6 @@ def table(results, data):
 
     rows = [["pre-training", "seeds", "images", "k-NN", "linear probe",
              *(f"{k * 10:,} labels" for k in labels), "place", "BM's place among these (ImageNet)"]]
-    rows.append(["---"] * len(rows[0]))
     for t in order:
         row, name, places = found[t], t, ["", f"A2: {PAPER[t]}" if t in PAPER else ""]
         if "images" in row:
@@ -239,6 +237,12 @@ def table(results, data):
             places = [ours.index(t) + 1, f"{paper.index(t) + 1} ({PAPER[t]})"]
         rows.append([name, len(row["knn"]), f"{row.get('images', [0])[0]:,}", spread(row["knn"]),
                      spread(row["linear"]), *(cell(row, k) for k in labels), *places])
+    return markdown(rows)
+
+
+def markdown(rows):
+    """Rows, the first of them the head, as a table."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows).replace(" --- ", "---")
 
 
@@ -253,13 +257,12 @@ def dense_table(results, data):
             if name in r:
                 found.setdefault(task, {}).setdefault(name, []).append(r[name])
     rows = [["pre-training", "seeds", *names.values(), "ADE20K, COCO: mean IoU, box AP, mask AP"]]
-    rows.append(["---"] * len(rows[0]))
     for task in sorted(found, key=lambda t: -statistics.mean(found[t].get("miou", [0]))):
         row, of = found[task], " ".join([task, *data.split("-")[1:]])
         rows.append([f"`{task}`", max(map(len, row.values())),
                      *(spread(row[name]) if name in row else "" for name in names),
                      PAPER_DENSE.get(of, PAPER_DENSE.get(task, "") if of == task else "")])
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows).replace(" --- ", "---")
+    return markdown(rows)
 
 
 def main(argv=None):
