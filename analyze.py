@@ -587,6 +587,7 @@ def recovery_of(run, data, process):
         pretrain.settle(c, process, data)
         config = vars(c)
     c = argparse.Namespace(**config)
+    check(run.img_size == [*c.img_size], f"--img_size: {run.weights} recovers {c.img_size} pixels")
     model = models.recovery_model(c.model, c.img_size, c.patch_size, data.channels, c.token_at,
                                   c.token_how, c.decoder, c.relative_positions)
     loaded = models.load_weights(model, run.held)

@@ -27,6 +27,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in pretrain.py
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -37,6 +37,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+# How long a thread of torch's waits awake. With libgomp's own number a run beside other programs is
+# half as fast. It is read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -907,7 +911,8 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     train, kind = split == "train", kind_of(args.data)
     check(kind == "folder" or not args.only, f"--classes: {args.data} is no folder")
     if args.data == "scenes":
-        check(not labelled, "--data scenes: its images have no class, but --head segment")
+        check(not labelled, "--data scenes: its images have no classes, for --head segment "
+              "and detect they have more: choose another --data")
         drawn = built_in_scenes(train)
         return MemorySet(drawn, torch.zeros(len(drawn.kinds)).long(), [], f"scenes {split}")
     if kind == "shapes":
@@ -1287,8 +1292,8 @@ def leave(received, process):
 
 # What torch says, and what to do about it.
 WAYS_OUT = {
-    "out of memory": "raise --accum, or lower --batch_size or --img_size",
-    "not enough memory": "raise --accum, or lower --batch_size or --img_size",
+    "out of memory": "fewer images at once (--accum, --batch_size), or a lower --img_size",
+    "not enough memory": "fewer images at once (--accum, --batch_size), or a lower --img_size",
     "shared memory": "/dev/shm is too small for the loaders: --workers 0, or docker's --shm-size",
     "C++ compiler": "leave out --compile",
 }
