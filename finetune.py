@@ -201,7 +201,7 @@ RECIPES = {
                    drop_path=0.05, rand_augment=[7, 0.5]),
     "small": dict(DEIT, img_size=[32], patch_size=4, epochs=50, batch_size=64, at_once=256,
                   lr=8e-3, crop=[0.8, 1.0], rand_augment=[0, 0], mixup=0.0, cutmix=0.0,
-                  test_crop=1.0),
+                  test_crop=1.0, save_every=200),
 }
 
 
