@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision import ops, utils
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -442,15 +443,16 @@ class AnnotatedSet(pretrain.FolderSet):
                 raise ValueError("EXIF turns it, and not its annotation: save it upright")
         return pretrain.FolderSet.read(self, index)
 
-    def readable(self, rows):
+    def readable(self, rows, workers=0):
         """(index, what `read` returns) of each of these rows that can be read."""
-        for index in rows:
-            try:
-                image = self.read(index)
-            except Exception as error:
-                self.skip(f"{self.path(index)}: {error}", -1)
-                continue
-            yield index, image
+        loader = DataLoader(self, None, sampler=[(i, -1, (1, 1), None, 0, None) for i in rows],
+                            num_workers=0 if self.scenes else workers,  # these are kept once drawn
+                            worker_init_fn=pretrain.ignore_signals)
+        for image, index, _, unread in loader:
+            if unread:
+                self.skip(unread, -1)
+            else:
+                yield index, image
 
 
 class PixelSet(AnnotatedSet):
@@ -488,7 +490,11 @@ class PixelSet(AnnotatedSet):
         return torch.cat([image, labels[None].to(torch.uint8) - 1])  # of 0, 255
 
     def view(self, image, index, epoch, size, scale, seed):
-        """Scaled at random, where its short side at 1 is the view's; cropped, flipped."""
+        """Scaled at random, where its short side at 1 is the view's; cropped, flipped. For epoch -1
+        as it is.
+        """
+        if epoch < 0:
+            return image
         u = torch.rand(4, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
         image = resized(image[None], (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size))[0]
         H, W = (max(n, m) for n, m in zip(image.shape[1:], size))
@@ -503,12 +509,12 @@ class PixelSet(AnnotatedSet):
         for view, _ in super().batches(*args, **more):
             yield view[:, :3], (view[:, 3] * 255).round().long()
 
-    def whole(self, rows, at_once=16, pixels=2 ** 20):
+    def whole(self, rows, workers, at_once=16, pixels=2 ** 20):
         """The images of these rows that can be read, as they are, (k, 4, H, W) of one size, of not
         many more than so many pixels.
         """
         images = []
-        for _, image in self.readable(rows):
+        for _, image in self.readable(rows, workers):
             if images and (len(images) == at_once or image.shape != images[0].shape
                            or len(images) * image[0].numel() >= pixels):
                 yield torch.stack(images)
@@ -601,7 +607,10 @@ class BoxSet(AnnotatedSet):
                            area=torch.tensor(area))
 
     def view(self, item, index, epoch, size, scale, seed):
-        """Scaled at random, where its short side at 1 is the view's; flipped."""
+        """Scaled at random, where its short side at 1 is the view's; flipped. For epoch -1 as it is.
+        """
+        if epoch < 0:
+            return item
         image, objects = item
         u = torch.rand(2, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
         H, W = image.shape[1:]
@@ -880,7 +889,7 @@ def evaluate_pixels(model, data, args, process, amp):
     n, read, mine = len(data.classes), 0, range(process.rank, len(data), process.world)
     confusion = torch.zeros(n * n, dtype=torch.float64)
     model.eval()
-    for images in data.whole(mine):
+    for images in data.whole(mine, args.workers):
         found, labels = classes_of(model, images, args, process.device, amp), images[:, 3].long()
         pairs = (labels * n + found)[labels != 255]
         confusion += torch.bincount(pairs, minlength=n * n)
@@ -919,7 +928,8 @@ def evaluate_boxes(model, data, args, process, amp):
     """
     model.eval()
     mine = []
-    for index, (image, truth) in data.readable(range(process.rank, len(data), process.world)):
+    rows = range(process.rank, len(data), process.world)
+    for index, (image, truth) in data.readable(rows, args.workers):
         mine.append((index, matched(objects_of(model, image, process.device, amp), truth)))
     model.train()
     rows = sorted(sum(pretrain.gather(mine, process), []), key=lambda row: row[0])

@@ -1,6 +1,7 @@
 """Boxes and masks of objects (BM 4.4, A2 A.2): Mask R-CNN on an encoder, scenes, COCO's format and
 its AP."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -185,7 +186,8 @@ def test_a_perfect_detection_scores_100(coco, few_scenes, monkeypatch):
             return readable[-1]
         monkeypatch.setattr(data, "read", read)
         monkeypatch.setattr(finetune, "objects_of", right)
-        found = finetune.evaluate_boxes(torch.nn.Identity(), data, None, one, None)
+        args = Namespace(workers=0)
+        found = finetune.evaluate_boxes(torch.nn.Identity(), data, args, one, None)
         assert found["box_ap"] == found["mask_ap"] == 100 and found["images"] == 5
 
 

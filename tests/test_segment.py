@@ -1,5 +1,7 @@
 """A class for every pixel (BM 4.4, A2 5.3): pyramids, UperNet, scenes, ADE20K's layout, IoU."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -109,7 +111,8 @@ def test_a_perfect_prediction_scores_100(ade, monkeypatch):
     monkeypatch.setattr(finetune, "classes_of", right)
     data = finetune.PixelSet(str(ade), False, 7)
     one = pretrain.Process(0, 1, torch.device("cpu"))
-    found = finetune.evaluate_pixels(torch.nn.Identity(), data, None, one, None)
+    args = Namespace(workers=2)
+    found = finetune.evaluate_pixels(torch.nn.Identity(), data, args, one, None)
     assert found == dict(miou=100, pixel_accuracy=100, images=5)
 
 
