@@ -19,6 +19,7 @@ COCO's AP of boxes and masks; in %, and the images measured.
 """
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -80,9 +81,6 @@ def main(argv=None):
                          augmentation(*args.rand_augment, args.random_erasing))
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received, result = pretrain.remember_signals(on_first), {}
-    if start and start % args.save_every == 0 and not measured(args, start):
-        result = evaluate(model, val, args, process, amp)  # a signal came before it
-        pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
     clock, timed, waited = time.perf_counter(), 0, 0.0
     for step in range(start, args.total):
         # the learning rate
@@ -143,7 +141,7 @@ def main(argv=None):
         at_checkpoint = done % args.save_every == 0 or done == args.total
         if at_checkpoint or leaving:
             pretrain.save(done, args, process, state, recent)
-        if at_checkpoint and not leaving:
+        if at_checkpoint:
             result = evaluate(model, val, args, process, amp)
             pretrain.log(args, process, step=done, epoch=epoch, **result)
         clock += time.perf_counter() - paused
@@ -207,10 +205,9 @@ RECIPES = {
 
 
 def open_run(weights, chosen, trains=False):
-    """What --weights and the other options of first_options settle: what the file of weights holds,
-    without its optimiser, or None; its run's configuration, or {}; the defaults of the rest.
-
-    trains: by the recipe. Otherwise the images are shown as the run measured them.
+    """What --weights and what else is read first settle: what its file holds without the optimiser,
+    or None; its run's configuration, or {}; the defaults of the rest: the recipe's, or (trains
+    False) as the run measured.
     """
     held = None if weights == "none" else models.read_weights(weights)
     run = (held or {}).get("config") or {}
@@ -228,7 +225,7 @@ def open_run(weights, chosen, trains=False):
     maps = not models.MODELS[model].family.tokens
     recipe = getattr(chosen, "recipe", None)
     recipe = recipe or usual_recipe(head, run, data, model, chosen.img_size, trains)
-    check(maps or not recipe.startswith("rsb"), f"--recipe {recipe}: {model} is no ResNet")
+    check(maps or recipe != "coco_c4", f"--recipe coco_c4: {model} is no ResNet")
     check(head == RECIPES[recipe]["head"], f"--recipe {recipe}: another --head")
 
     # the recipe, what differs for a network of maps and for a folder, and what the run had
@@ -310,10 +307,7 @@ def options(argv=None):
     """The command line, what the file of --weights holds, its run's configuration."""
     first = pretrain.Parser(add_help=False)
     first_options(first.add_argument)
-    first.add_argument("--recipe", choices=RECIPES, metavar="RECIPE", help="small for small sets, "
-                       "models and sizes, rsb_a3 (rsb_a2) for a ResNet, deit for a run of A2's, bm "
-                       "for others; scenes_pixels, ade_a2, ade_bm of --head segment; "
-                       "scenes_boxes, coco_c4 for a ResNet, coco_a2, coco_bm of --head detect")
+    first.add_argument("--recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
     pretrain.batch_option(first.add_argument)
     first.add_argument("--head", choices=LOSSES, help="classify (default): a class for an image; "
                        "segment: for every pixel; detect: boxes and masks of objects. For these "
@@ -323,10 +317,12 @@ def options(argv=None):
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)
     p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
+    tokens = models.MODELS[defaults["model"]].family.tokens
     encoder_options(o, pools=defaults["head"] == "classify")
     pretrain.training_options(o)
     o("--optimizer", choices=OPTIMIZERS, help="sgd has the first of --betas for momentum")
-    o("--layer_decay", type=share, help="a layer's learning rate over the next one's, a ViT's")
+    if tokens:
+        o("--layer_decay", type=share, help="a layer's learning rate over the next one's")
     o("--drop_path", type=share, help="stochastic depth of the last layer")
     o("--schedule", choices=("cosine", "linear", "step"), help="of the learning rate, down to 0, "
       "or to a tenth after each of --drops")
@@ -334,8 +330,8 @@ def options(argv=None):
     if defaults["head"] != "classify":
         o("--width", type=positive_int, help="of UperNet, or of the pyramid's maps")
     if defaults["head"] == "detect":
-        o("--neck", choices=("fpn", "c4"), help="a pyramid, or a ResNet's third stage alone, the "
-          "fourth being the head of boxes and masks")
+        o("--neck", choices=["fpn"] if tokens else ["fpn", "c4"], help="a pyramid, or a ResNet's "
+          "third stage alone, the fourth being the head of boxes and masks")
         o("--sampled", type=positive_int, help="boxes of an image that the losses are of")
     elif defaults["head"] == "segment":
         o("--auxiliary", type=not_negative, help="weight of the loss on the third map alone")
@@ -347,7 +343,7 @@ def options(argv=None):
         o("--random_erasing", type=share, help="share of the images with a part of noise")
         o("--mixup", type=not_negative, help="alpha, 0: none")
         o("--cutmix", type=not_negative, help="alpha, 0: none")
-        o("--test_size", type=int, help="measure a ResNet at this size; 0: --img_size")
+        o("--test_size", type=int, help="measure at this size; 0: --img_size")
     o("--out", type=pretrain.folder_path, help="None: runs/finetune-WEIGHTS-DATA[-LABELS][-HEAD]"
       "[-SEED]")
     pretrain.machine_options(o)
@@ -370,18 +366,11 @@ def settle(args, process, data):
     """What follows from the options and the data: the share of each process, the folder."""
     if args.eval:
         args.batch_size, args.accum = process.world, 1  # there are no steps
-    tokens = models.MODELS[args.model].family.tokens
-    check(tokens or args.layer_decay == 1, "--layer_decay: a ResNet has none")
     pretrain.share_out(args, process, data)
-    check(args.head != "segment" or args.eval or args.micro_batch * process.world > 1,
-          "--head segment: its batch norm takes two images at once, or more")
-    if args.head == "detect":
-        check(args.neck == "fpn" or not tokens, f"--neck c4: {args.model} is no ResNet")
-        check(not args.compile, "--compile: the sizes of --head detect change from step to step")
+    check(args.head != "detect" or not args.compile,
+          "--compile: the sizes of --head detect change from step to step")
     head = "" if args.head == "classify" else args.head
     pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args, head))
-    check(not args.test_size or not tokens,
-          f"--test_size {args.test_size}: a ViT is measured at --img_size")
     odd = args.micro_batch % 2 and (args.mixup or args.cutmix)
     check(args.eval or not odd, f"mixup pairs images, {args.micro_batch} at once are odd: choose "
           "another --batch_size or --accum, or --mixup 0 --cutmix 0")
@@ -432,9 +421,6 @@ class AnnotatedSet(pretrain.FolderSet):
         else:
             self.open(data, train, classes)
         self.labels = torch.zeros(len(self))
-
-    def path(self, index):
-        return f"scene {index}" if self.scenes else super().path(index)
 
     def upright(self, index):
         """An image (3, H, W) uint8 of a folder."""
@@ -490,9 +476,7 @@ class PixelSet(AnnotatedSet):
         return torch.cat([image, labels[None].to(torch.uint8) - 1])  # of 0, 255
 
     def view(self, image, index, epoch, size, scale, seed):
-        """Scaled at random, where its short side at 1 is the view's; cropped, flipped. For epoch -1
-        as it is.
-        """
+        """Scaled (1: to the view's short side), cropped, flipped at random; epoch -1: as it is."""
         if epoch < 0:
             return image
         u = torch.rand(4, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
@@ -509,25 +493,19 @@ class PixelSet(AnnotatedSet):
         for view, _ in super().batches(*args, **more):
             yield view[:, :3], (view[:, 3] * 255).round().long()
 
-    def whole(self, rows, workers, at_once=16, pixels=2 ** 20):
-        """The images of these rows that can be read, as they are, (k, 4, H, W) of one size, of not
-        many more than so many pixels.
-        """
-        images = []
-        for _, image in self.readable(rows, workers):
-            if images and (len(images) == at_once or image.shape != images[0].shape
-                           or len(images) * image[0].numel() >= pixels):
-                yield torch.stack(images)
-                images = []
-            images.append(image)
-        if images:
-            yield torch.stack(images)
+    def whole(self, rows, workers):
+        """The images of these rows that can be read, as they are, (k, 4, H, W) of one size."""
+        images = (image for _, image in self.readable(rows, workers))
+        for (_, H, W), same in itertools.groupby(images, lambda image: image.shape):
+            while some := [*itertools.islice(same, min(16, math.ceil(2 ** 20 / (H * W))))]:
+                yield torch.stack(some)
 
 
 class BoxSet(AnnotatedSet):
     """Images with objects, a dict of boxes (n, 4) as left, top, right, bottom, labels (n,) from 1
     on, masks (n, H, W) uint8, crowd (n,) bool, area (n,). A folder is in COCO's layout:
-    DIR/annotations/instances_{train,val}2017.json and DIR/{train,val}2017/.
+    DIR/annotations/instances_{train,val}2017.json and DIR/{train,val}2017/. Crowds, empty boxes and
+    images without objects are not trained on.
     """
     of_scenes = [*pretrain.SHAPES]
 
@@ -544,35 +522,24 @@ class BoxSet(AnnotatedSet):
             number = {kind["id"]: i for i, kind in enumerate(kinds, 1)}
             for a in held["annotations"]:
                 few = {key: a.get(key) for key in ("id", "segmentation", "iscrowd", "area")}
+                image = images[a["image_id"]]
+                H, W = image["size"]
                 x, y, w, h = a["bbox"]
-                images[a["image_id"]]["objects"].append(
-                    dict(few, box=[x, y, x + w, y + h], label=number[a["category_id"]]))
+                check(min(x, y) >= -1 and x + w <= W + 1 and y + h <= H + 1,
+                      f"the box of object {few['id']} is not within its {W} x {H} image")
+                if not train or w > 0 and h > 0 and not few["iscrowd"]:
+                    image["objects"].append(
+                        dict(few, box=[x, y, x + w, y + h], label=number[a["category_id"]]))
             self.classes = [kind["name"] for kind in kinds]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} is not of COCO's format: {type(error).__name__} {error}")
 
-        passed = 0
-        for image in images.values():
-            (H, W), objects = image["size"], []
-            for a in image["objects"]:
-                left, top, right, bottom = a["box"]
-                check(min(left, top) >= -1 and right <= W + 1 and bottom <= H + 1,
-                      f"{self.file}: the box of object {a['id']} is not within its {W} x {H} image")
-                if not train or left < right and top < bottom and not a["iscrowd"]:
-                    objects.append(a)
-            passed += len(image["objects"]) - len(objects)
-            image["objects"] = objects
         kept = [image for image in images.values() if image["objects"] or not train]
         check(kept, f"{self.file} has no objects")
         self.names = np.array([os.fsencode(image["name"]) for image in kept])
-        self.found = f"{len(kept):,} images of {self.file} in {self.folder}"
-        if train:
-            self.found += (f" ({len(images) - len(kept):,} without objects, {passed:,} crowds and "
-                           "empty boxes left out)")
-        absent = [x for x in map(self.path, range(len(kept))) if not os.path.exists(x)]
-        check(not absent, f"{len(absent)} images of {self.file} are not there: {absent[:1]} ...")
+        self.found = f"{len(kept):,} of {len(images):,} images of {self.file} in {self.folder}"
         lines = [json.dumps(image).encode() for image in kept]  # one block, not a million objects
-        self.lines = np.frombuffer(b"".join(lines), np.uint8)
+        self.lines = b"".join(lines)
         self.ends = np.cumsum([0, *map(len, lines)])
 
     @property
@@ -590,7 +557,7 @@ class BoxSet(AnnotatedSet):
             return image[:3], dict(boxes=boxes, labels=kinds[which - 1] + 1, masks=masks.byte(),
                                    crowd=torch.zeros(len(which)).bool(), area=masks.sum((1, 2)))
         image = self.upright(index)
-        record = json.loads(self.lines[slice(*self.ends[index:index + 2])].tobytes())
+        record = json.loads(self.lines[slice(*self.ends[index:index + 2])])
         objects, size = record["objects"], [*image.shape[1:]]
         if record["size"] != size:
             raise ValueError(f"it is {size} high and wide, in {self.file} {record['size']}")
@@ -607,8 +574,7 @@ class BoxSet(AnnotatedSet):
                            area=torch.tensor(area))
 
     def view(self, item, index, epoch, size, scale, seed):
-        """Scaled at random, where its short side at 1 is the view's; flipped. For epoch -1 as it is.
-        """
+        """Scaled (1: to the view's short side) and flipped at random; epoch -1: as it is."""
         if epoch < 0:
             return item
         image, objects = item
@@ -630,15 +596,13 @@ class BoxSet(AnnotatedSet):
         return views, torch.tensor(index), torch.tensor(epoch), unread
 
     def to_device(self, views, device):
-        return [(pretrain.FolderSet.to_device(self, image, device),
-                 {name: x.to(device, non_blocking=True) for name, x in objects.items()})
-                for image, objects in views]
+        return ([pretrain.FolderSet.to_device(self, image, device) for image, _ in views],
+                [{name: x.to(device, non_blocking=True) for name, x in objects.items()}
+                 for _, objects in views])
 
     def batches(self, *args, **more):
         """As MemorySet.batches, with lists of images of several sizes and of their objects."""
-        for pairs, _ in super().batches(*args, **more):
-            images, objects = zip(*pairs)
-            yield list(images), list(objects)
+        return (both for both, _ in super().batches(*args, **more))
 
 
 LONGER = 1333 / 800  # of an image that a detector sees: the longest side over --img_size
@@ -679,21 +643,18 @@ def polygon(points, height, width):
     steps of a fifth of a pixel, and where it crosses the middle of a column all pixels that follow
     in the order of columns change sides.
     """
-    start = (5 * np.array(points, float).reshape(-1, 2) + 0.5).astype(int)
+    start = (5 * np.array(points, float).reshape(-1, 2) + 0.5).astype(int)  # (edges, 2)
     end = np.roll(start, -1, axis=0)
     size = np.abs(end - start)
-    upright = size[:, 0] < size[:, 1]
-    ends = np.stack([start, end], axis=1)  # (edges, 2, 2); turned: the larger step's axis first
-    turned = np.where(upright[:, None, None], ends[..., ::-1], ends)
-    low, high = np.sort(turned[..., 0]).T
-    back = turned[:, 0, 0] > turned[:, 1, 0]
-    first, last = np.where(back, turned[:, ::-1, 1].T, turned[:, :, 1].T)  # the other axis
-    slope, steps = (last - first) / np.maximum(high - low, 1), high - low + 1
-    edge = np.repeat(np.arange(len(start)), steps)
-    t = np.arange(len(edge)) - np.repeat(steps.cumsum() - steps, steps)
-    t = np.where(back[edge], steps[edge] - 1 - t, t)
-    along, across = low[edge] + t, (first[edge] + slope[edge] * t + 0.5).astype(int)
-    u, v = np.where(upright[edge], [across, along], [along, across])
+    length = size.max(1)
+    number = np.arange(len(start))
+    back = (start > end)[number, size.argmax(1)]  # on the longer axis: from its high end
+    low, high = np.where(back[:, None], [end, start], [start, end])
+    slope = (high - low) / np.maximum(length, 1)[:, None]
+    edge = np.repeat(number, length + 1)
+    t = np.concatenate([np.arange(n + 1) for n in length])
+    t = np.where(back[edge], length[edge] - t, t)
+    u, v = (low[edge] + slope[edge] * t[:, None] + 0.5).astype(int).T
     crossing = np.flatnonzero(u[1:] != u[:-1])
     x, y = (np.minimum(z[crossing], z[crossing + 1]) for z in (u, v))
     middle = (x % 5 == 2) & (x // 5 >= 0) & (x // 5 < width)
@@ -734,21 +695,18 @@ def augmented(image, generator, magnitude, deviation, erasing):
     each time with probability 1/2, one operation at a strength of N(magnitude, deviation) of 10.
     Then, with probability `erasing`, a rectangle of noise (random erasing, A2 3.1).
     """
-    for _ in range(2 if magnitude else 0):
-        strength = magnitude + deviation * float(torch.randn((), generator=generator))
-        used = torch.rand((), generator=generator) < 0.5
-        seed = int(torch.randint(2 ** 62, (), generator=generator))
-        if used:
-            policy = v2.RandAugment(1, round(10 * min(max(strength, 0), 10)), 101,
-                                    v2.InterpolationMode.BILINEAR, [128] * len(image))
-            with torch.random.fork_rng(devices=[]):  # torchvision's numbers are global
-                torch.manual_seed(seed)
-                image = policy(image)
-    if erasing and torch.rand((), generator=generator) < erasing:
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # torchvision's numbers are global
+        for _ in range(2 if magnitude else 0):
+            strength = magnitude + deviation * float(torch.randn((), generator=generator))
+            used = torch.rand((), generator=generator) < 0.5
+            torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+            if used:
+                image = v2.RandAugment(1, round(10 * min(max(strength, 0), 10)), 101,
+                                       v2.InterpolationMode.BILINEAR, [128] * len(image))(image)
+        if erasing and torch.rand((), generator=generator) < erasing:
             torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
             z = v2.RandomErasing(1, value="random")((image / 255 - 0.45) / 0.225)
-        image = ((0.45 + 0.225 * z).clamp(0, 1) * 255).round().to(torch.uint8)
+            image = ((0.45 + 0.225 * z).clamp(0, 1) * 255).round().to(torch.uint8)
     return image
 
 
@@ -790,12 +748,8 @@ def pixel_loss(scores, labels, args):
     return main + args.auxiliary * auxiliary
 
 
-def box_loss(losses, *_):
-    """The sum of Mask R-CNN's five."""
-    return sum(losses.values())
-
-
-LOSSES = {"classify": class_loss, "segment": pixel_loss, "detect": box_loss}
+LOSSES = {"classify": class_loss, "segment": pixel_loss,
+          "detect": lambda losses, *_: sum(losses.values())}  # Mask R-CNN's five
 
 
 def with_head(args, weights, data, says):
@@ -833,15 +787,14 @@ def with_head(args, weights, data, says):
 
 def layer_scale(model, decay):
     """name -> decay^(L + 1 - l): l: 0 for the embeddings, 1 .. L for blocks, L + 1 the rest."""
-    encoder = next(part for part in model.modules() if isinstance(part, models.Encoder))
+    after = model.branches // 2 + 1  # a block has two
 
     def scale(name):
         name = name.split("encoder.")[-1]
-        after = len(encoder.blocks) + 1
         if name.startswith("blocks."):
             return decay ** (after - int(name.split(".")[1]) - 1)
         return decay ** after if name.startswith(("cls_token", "pos_", "patch_")) else 1.0
-    return scale if decay != 1 else lambda name: 1.0
+    return scale
 
 
 class LAMB(torch.optim.Optimizer):
@@ -872,11 +825,9 @@ class LAMB(torch.optim.Optimizer):
                 w.sub_(group["lr"] * ratio * u)
 
 
-def sgd(groups, lr, betas):
-    return torch.optim.SGD(groups, lr, momentum=betas[0])
-
-
-OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "lamb": LAMB, "sgd": sgd}
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True), "lamb": LAMB,
+    "sgd": lambda groups, lr, betas: torch.optim.SGD(groups, lr, momentum=betas[0])}
 
 
 # --- What is measured ---
@@ -1002,10 +953,11 @@ def match(iou, crowd, area, area_found):
         fits = (free | crowd) & (row >= THRESHOLDS[:, None])
         worth = np.where(fits, row + 2 * ~ignored, -1)
         best = len(crowd) - 1 - worth[..., ::-1].argmax(2, keepdims=True)  # the last of equals
-        hit = fits.any(2)
-        ignores = np.take_along_axis(np.broadcast_to(ignored, free.shape), best, 2)[..., 0]
-        right[..., i] = np.where(hit, np.where(ignores, -1, 1), np.where(outside[..., i], -1, 0))
-        np.put_along_axis(free, best, np.take_along_axis(free, best, 2) & ~hit[..., None], 2)
+        taken = fits & (np.arange(len(crowd)) == best)
+        hit = taken.any(2)
+        passed = np.where(hit, (taken & ignored).any(2), outside[..., i])
+        right[..., i] = np.where(passed, -1, hit)
+        free &= ~taken
     return right, (~ignored).sum((1, 2))
 
 
@@ -1037,47 +989,42 @@ def average_precision(images):
 
 
 @torch.no_grad()
-def found_sheet(model, data, args, device, amp, count=8):
-    """found.png in --out: images, what is in them, and what is found."""
-    draw = dict(segment=pixels_drawn, detect=boxes_drawn)[args.head]
-    rows = range(min(count, len(data)))
+def found_sheet(model, data, args, device, amp):
+    """found.png in --out: eight images with what is in them, and with what is found."""
     model.eval()
-    pictures = [draw(model, image, args, device, amp) for _, image in data.readable(rows)]
-    if pictures:
-        columns = [torch.cat(column) for column in zip(*pictures)]
+    pairs = []
+    for _, image in data.readable(range(min(8, len(data)))):
+        if args.head == "segment":
+            maps = image[3], classes_of(model, image[None], args, device, amp)[0]
+            labels = torch.arange(len(args.classes))
+            both = [dict(labels=labels, masks=x == labels.view(-1, 1, 1)) for x in maps]
+            image = image[:3]
+        else:
+            image, truth = image
+            found = objects_of(model, image, device, amp)
+            both = truth, {name: x[found["scores"] >= 0.5] for name, x in found.items()}
+        pairs.append([drawn(image, objects, args.classes) for objects in both])
+    if pairs:
+        columns = [torch.stack(column) for column in zip(*pairs)]
         half = [column[i::2] for i in (0, 1) for column in columns]
-        page = degrade.sheet(half, ["image", "annotated", "found"][-len(columns):] * 2, side=192)
+        page = degrade.sheet(half, ["annotated", "found"] * 2, side=192)
         pretrain.write_whole(args.out / "found.png", lambda file: page.save(file, "PNG"))
 
 
-def pixels_drawn(model, image, args, device, amp):
-    """An image (4, H, W) uint8, its classes, and those found: three of (1, 3, 192, 192)."""
-    colors = torch.rand(256, 3, generator=seeded(7))
-    maps = image[None, 3], classes_of(model, image[None], args, device, amp)
-    maps = [colors[x.long()].permute(0, 3, 1, 2) for x in maps]
-    square = [degrade.center_crop(x, min(x.shape[2:])) for x in (image[None, :3] / 255, *maps)]
-    return [F.interpolate(x, (192, 192), mode="nearest-exact") for x in square]
-
-
-def boxes_drawn(model, item, args, device, amp):
-    """An image with its objects, and with those found at 0.5 or more: two of (1, 3, 192, 192)."""
-    image, truth = item
-    found = objects_of(model, image, device, amp)
-    found = {name: x[found["scores"] >= 0.5] for name, x in found.items()}
-    by = 192 / max(image.shape[1:])
-    size = [max(1, round(side * by)) for side in image.shape[1:]]
-    drawn = []
-    for objects in (truth, found):
-        picture = F.interpolate(image[None], size, mode="nearest-exact")[0]
-        if len(objects["labels"]):
-            masks = F.interpolate(objects["masks"][None].byte(), size, mode="nearest-exact")[0] > 0
-            names = [args.classes[i - 1] for i in objects["labels"].tolist()]
-            colors = [tuple(int(x) for x in np.random.default_rng(i).integers(64, 256, 3))
-                      for i in objects["labels"].tolist()]
-            picture = utils.draw_segmentation_masks(picture, masks, 0.4, colors)
-            picture = utils.draw_bounding_boxes(picture, objects["boxes"] * by, names, colors)
-        drawn.append(F.pad(picture, [0, 192 - size[1], 0, 192 - size[0]])[None] / 255)
-    return drawn
+def drawn(image, objects, classes):
+    """An image (3, H, W) uint8 with objects on it: (3, 192, 192) in [0, 1]."""
+    picture = models.fitted(image, 192, 192)
+    size = picture.shape[1:]
+    labels = objects["labels"].tolist()
+    if labels:
+        masks = F.interpolate(objects["masks"][None].byte(), size, mode="nearest-exact")[0] > 0
+        colors = [f"hsl({67 * i % 360}, 90%, 60%)" for i in labels]
+        picture = utils.draw_segmentation_masks(picture, masks, 0.7, colors)
+        if "boxes" in objects:
+            names = [classes[i - 1] for i in labels]
+            boxes = objects["boxes"] * 192 / max(image.shape[1:])
+            picture = utils.draw_bounding_boxes(picture, boxes, names, colors)
+    return F.pad(picture, [0, 192 - size[1], 0, 192 - size[0]]) / 255
 
 
 @torch.no_grad()
@@ -1097,12 +1044,6 @@ def evaluate(model, data, args, process, amp):
     pretrain.refuse_bad(data, len(data) - seen, process)
     return dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2),
                 images=int(seen))
-
-
-def measured(args, step):
-    """Whether log.jsonl has what was measured at this step."""
-    lines = (args.out / "log.jsonl").read_text().splitlines()
-    return any('"images":' in line and json.loads(line)["step"] == step for line in lines)
 
 
 MEASURES = {"classify": evaluate, "segment": evaluate_pixels, "detect": evaluate_boxes}

@@ -440,8 +440,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(of, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--labels", 13], "--labels 13: class class0 has only 12"),
     (["--mixup", 1, "--batch_size", 3], "3 at once are odd"),
-    (["--recipe", "rsb_a3"], "--recipe rsb_a3: vit_micro is no ResNet"),
-    (["--test_size", 32], "--test_size 32: a ViT is measured"),
     (["--weights", "nowhere.pt"], "no weights at nowhere.pt")])
 def test_what_cannot_be_done_gets_one_line_and_exit_code_2(flags, says, of):
     code, _, complaint = of(finetune, *flags)

@@ -157,10 +157,10 @@ def test_a_label_map_that_does_not_fit_is_named(ade, tmp_path, capfd):
 
 @pytest.mark.parametrize("flags, says", [
     ("--labels 3", "--labels"), ("--num_classes 300", "at most 255"),
-    ("--batch_size 1", "batch norm"),
+    ("--batch_size 1", "more than 1 value per channel"),
     ("--data shapes", "nor a folder with images/ and annotations/"),
     ("--eval --weights none", "has no head for"),
-    ("--model resnet18 --img_size 64 --layer_decay 0.5", "a ResNet has none")])
+    ("--model resnet18 --img_size 64 --layer_decay 0.5", "unrecognized arguments: --layer_decay")])
 def test_what_is_refused(flags, says, few_scenes, tmp_path, capfd):
     assert segment("--data", "scenes", *flags.split(), "--out", tmp_path / "run") == 2
     assert says in capfd.readouterr().err
