@@ -21,9 +21,17 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import degrade  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import probe  # noqa: E402
+
+# What is the same at less cost, here and in forked processes.
+degrade.sheet.__defaults__ = "", 16  # the pictures of a run are small
+os.fsync = lambda _: None  # what a test kills has given its files to the system
+pretrain.cores = lambda: 1  # batches this small are slower in two, far slower beside other work
+pretrain.provenance = functools.cache(pretrain.provenance)  # git is asked once
+probe.STEPS = 20  # linear layers need not have learned
 
 NET = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off".split()
 TINY = [*NET, *"--batch_size 8 --save_every 2 --log_every 1 --steps 6".split()]
@@ -33,25 +41,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long, left out of the README's test command")
 
 
+SIGNALS = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+
 @pytest.fixture(autouse=True)
 def same_signals():
     """The trainer answers Ctrl-C itself; the test run gets its own answer back."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in before.items():
+    for number, handler in SIGNALS.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    """Nothing waits for the disk: what a test kills has given its files to the system."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Batches this small are slower in two, and far slower beside other work."""
-    monkeypatch.setattr(pretrain, "cores", lambda: 1)
 
 
 @pytest.fixture(autouse=True)
@@ -100,33 +98,24 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture
-def short_fits(monkeypatch):
-    """Linear layers of a few steps, where it does not matter what they have learned."""
-    monkeypatch.setattr(probe, "STEPS", 20)
-
-
-@pytest.fixture
-def run(folder, tmp_path, capfd):
-    """run(*options) -> (exit code, what was printed, what was complained about), of pretrain.py on
-    the folder.
+def of(folder, labelled, tmp_path, capfd):
+    """of(module, *options) -> (exit code, what was printed, what was complained about), of
+    pretrain on `folder`, of finetune or probe on `labelled`.
     """
-    def go(*argv, out=None, data=None):
-        where = ["--data", data or folder, "--out", out or tmp_path / "run"]
-        code = pretrain.command(pretrain.main, [str(x) for x in (*TINY, *where, *argv)])
-        return code, *capfd.readouterr()
-    return go
+    tiny = "--recipe deit --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
+    usual = {pretrain: (TINY, folder), finetune: ([*NET, *tiny], labelled), probe: (NET, labelled)}
 
-
-@pytest.fixture
-def of(labelled, tmp_path, capfd):
-    """of(module, *options), as `run`, of finetune or probe on `labelled`."""
     def go(module, *argv, out=None, data=None):
-        tiny = "--recipe deit --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
-        where = ["--data", data or labelled, "--out", out or tmp_path / "run"]
-        argv = [*NET, *(tiny if module is finetune else []), *where, *argv]
+        tiny, where = usual[module]
+        argv = [*tiny, "--data", data or where, "--out", out or tmp_path / "run", *argv]
         code = pretrain.command(module.main, [str(x) for x in argv])
         return code, *capfd.readouterr()
     return go
+
+
+@pytest.fixture
+def run(of):
+    return functools.partial(of, pretrain)
 
 
 def script(*argv, processes=1, preamble="", **popen):
@@ -149,52 +138,36 @@ def free_port():
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torchvision"])
+FORKS.set_forkserver_preload(["torchvision", "pytest", "probe"])
 
 
-def forked(function, *args, processes=1):
-    """function(*args) in processes of its own, forked from one that has imported torch. More than
-    one find each other as torchrun's do. -> (processes, the open file of what they say).
+def together(name, *argv, processes=2, preamble=""):
+    """The command of a script in processes forked from one that has imported it, to its end. More
+    than one find each other as torchrun's do. preamble: Python that runs first. -> (exit codes,
+    what they said).
     """
     said, place = tempfile.NamedTemporaryFile("r"), {}
     if processes > 1:
         place = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1",
                      MASTER_PORT=free_port())
     jobs = [FORKS.Process(target=_process, daemon=True, args=(
-        function, args, dict(place, RANK=rank, LOCAL_RANK=rank) if place else {}, said.name))
+        name, argv, preamble, dict(place, RANK=rank, LOCAL_RANK=rank) if place else {}, said.name))
         for rank in range(processes)]
     for job in jobs:
         job.start()
-    return jobs, said
-
-
-def _process(function, args, place, said):
-    file = open(said, "a", buffering=1)
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
-    os.environ.update({k: str(v) for k, v in place.items()})
-    pretrain.cores = lambda: 1
-    sys.exit(function(*args))
-
-
-def ended(jobs, said):
-    """(exit codes, what they said) of what `forked` started."""
     for job in jobs:
         job.join(200)
     return [job.exitcode for job in jobs], said.read()
 
 
-def command(name, *argv, preamble=""):
-    """The command of a script, for `forked`; preamble: Python that runs first."""
+def _process(name, argv, preamble, place, said):
+    file = open(said, "a", buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    os.environ.update({k: str(v) for k, v in place.items()})
     exec(preamble, {})
     sys.argv[0], module = f"{name}.py", importlib.import_module(name)
-    return pretrain.command(module.main, list(map(str, argv)))
-
-
-def together(name, *argv, processes=2, preamble=""):
-    """The command of a script in forked processes, to its end -> (exit codes, what they said)."""
-    return ended(*forked(functools.partial(command, preamble=preamble), name, *argv,
-                         processes=processes))
+    sys.exit(pretrain.command(module.main, list(map(str, argv))))
 
 
 def log_of(out):
@@ -213,6 +186,21 @@ def weights_of(out):
     return checkpoint_of(out)["model"]
 
 
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def json_of(out, name="result"):
+    return json.loads(Path(out, f"{name}.json").read_text())
+
+
+ONE = pretrain.Process(0, 1, torch.device("cpu"))
+
+
+def loaded(data):
+    return pretrain.load_data(pretrain.options(["--data", str(data)]), ONE)
+
+
 def gradients_of(out):
     """AdamW's running mean of the gradients, (parameters,): it shows a gradient's scale."""
     state = checkpoint_of(out)["optimizer"]["state"]
@@ -221,20 +209,41 @@ def gradients_of(out):
 
 # --- Of the two heads for dense predictions ---
 
-def small_encoder(out):
-    """A run of one step, to fine-tune."""
-    argv = "--task mask --model vit_micro --batch_size 4 --steps 1 --amp off --out".split()
-    assert pretrain.command(pretrain.main, [*argv, str(out)]) == 0
-    return out
+DENSE = ("--model vit_micro --patch_size 8 --img_size 32 --batch_size 4 --workers 0 --amp off "
+         "--steps 4 --save_every 2 --log_every 1").split()
 
 
-def result_of(out):
-    return json.loads(Path(out, "result.json").read_text())
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Thirty of the built-in scenes to train on, five to measure, of 40 pixels."""
+    Scenes = pretrain.Scenes
+    monkeypatch.setattr(pretrain, "Scenes", lambda n, seed: Scenes(30 if n > 1000 else 5, 40, seed))
 
 
-def stopped_and_resumed(go, monkeypatch, *argv):
-    """go(*argv), left by Ctrl-C in the third step, and gone on with."""
-    real, calls = finetune.learning_rate, []
+def small_run(out):
+    """A run on the built-in pictures as the first command leaves one, two steps long."""
+    argv = ["--batch_size", "8", "--steps", "2", "--out", str(out)]
+    assert pretrain.command(pretrain.main, argv) == 0
+    return str(out)
+
+
+def a_run_on_scenes(go, tmp_path, *names):
+    """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
+    out, weights = tmp_path / "run", small_run(tmp_path / "encoder")
+    assert go("--weights", weights, "--patch_size", 4, "--out", out) == 0
+    found = json_of(out)
+    assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found[names[0]] <= 100
+    assert (out / "found.png").exists()
+    assert [line["step"] for line in log_of(out) if names[0] in line] == [2, 4]
+    argv = ["--eval", "--weights", out, "--amp", "off", "--out", tmp_path / "eval"]
+    assert pretrain.command(finetune.main, [*map(str, argv)]) == 0
+    again = json_of(tmp_path / "eval")
+    assert [again[name] for name in names] == [found[name] for name in names]
+
+
+def stopped_and_resumed(go, monkeypatch, tmp_path, *argv):
+    """go(*argv), left by Ctrl-C in the third step, and gone on with: it is one/ to the bit."""
+    real, calls, argv = finetune.learning_rate, [], [*argv, "--out", tmp_path / "parts"]
 
     def stopped(*args):
         calls.append(args)
@@ -245,15 +254,16 @@ def stopped_and_resumed(go, monkeypatch, *argv):
         patch.setattr(finetune, "learning_rate", stopped)
         assert go(*argv) == 130
     assert go(*argv, "--resume") == 0
+    assert equal(weights_of(tmp_path / "parts"), weights_of(tmp_path / "one"))
 
 
 def commands_of_the_readme(go, head, data, tmp_path):
     """README's three of a head: of a run, of random weights, and on a folder."""
-    weights, text = small_encoder(tmp_path / "run"), (ROOT / "README.md").read_text()
+    weights, text = small_run(tmp_path / "run"), (ROOT / "README.md").read_text()
     commands = re.findall(rf"^(?:python|torchrun \S+) finetune.py (.*--head {head}.*)$", text, re.M)
     assert len(commands) == 3
     for i, command in enumerate(commands):
-        command = re.sub(r"/path/to/\w+", str(data), re.sub(r"runs/\S+", str(weights), command))
-        less = ["--patch_size", 4] if str(weights) in command else []
+        command = re.sub(r"/path/to/\w+", str(data), re.sub(r"runs/\S+", weights, command))
+        less = ["--patch_size", 4] if weights in command else []
         assert go(*shlex.split(command), *less, "--steps", 1, "--out", tmp_path / str(i)) == 0
-        assert result_of(tmp_path / str(i))["images"] == 5
+        assert json_of(tmp_path / str(i))["images"] == 5

@@ -11,24 +11,20 @@ from PIL import Image
 import finetune
 import models
 import pretrain
-from conftest import (commands_of_the_readme, log_of, result_of, small_encoder,
-                      stopped_and_resumed, together, weights_of)
+from conftest import (DENSE, ONE, a_run_on_scenes, commands_of_the_readme, json_of, log_of,
+                      stopped_and_resumed, together)
 
-SMALL = ("--head detect --model vit_micro --patch_size 8 --img_size 32 --width 16 --sampled 16 "
-         "--batch_size 4 --workers 0 --amp off --steps 4 --save_every 2 --log_every 1").split()
-SIDE = 40
-
-
-@pytest.fixture
-def few_scenes(monkeypatch):
-    """Thirty of the built-in scenes to train on, five to measure, of 40 pixels."""
-    Scenes = pretrain.Scenes
-    monkeypatch.setattr(pretrain, "Scenes",
-                        lambda n, seed: Scenes(30 if n > 1000 else 5, SIDE, seed))
+SMALL = [*"--head detect --width 16 --sampled 16".split(), *DENSE]
 
 
 def rectangle(left, top, right, bottom):
     return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def runs_of(mask):
+    """COCO's run lengths: of columns, the first is of 0."""
+    changes = np.flatnonzero(np.diff(mask.T.ravel().astype(int), prepend=0))
+    return np.diff(changes, prepend=0, append=mask.size).tolist()
 
 
 @pytest.fixture
@@ -47,13 +43,11 @@ def coco(tmp_path):
             images.append(dict(id=100 - i, file_name=f"{i}.jpg", height=h, width=w))
             if i:
                 picture[10:30, 5:25] = 220
-                mask = np.zeros((h, w), int)
+                mask = np.zeros((h, w))
                 mask[:, 30:36] = 1
-                counts = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=0, append=0)),
-                                 prepend=0, append=mask.size).tolist()
                 for crowd, box, segmentation in (
                         (0, [5, 10, 20, 20], rectangle(5, 10, 25, 30)),
-                        (1, [30, 0, 6, h], dict(size=[h, w], counts=counts))):
+                        (1, [30, 0, 6, h], dict(size=[h, w], counts=runs_of(mask)))):
                     objects.append(dict(id=len(objects), image_id=100 - i, iscrowd=crowd, bbox=box,
                                         category_id=7 if i % 2 else 90, segmentation=segmentation,
                                         area=box[2] * box[3]))
@@ -107,27 +101,24 @@ def test_ap_is_pycocotools(seed):
     pairs = [random_image(rng) for _ in range(30)]
     ours = finetune.average_precision([finetune.matched(f, t) for t, f in pairs])
 
-    def rows(objects, image):
+    def rows(objects, image, *names):
         for i, label in enumerate(objects["labels"].tolist()):
             left, top, right, bottom = objects["boxes"][i].tolist()
             mask = np.asfortranarray(objects["masks"][i].numpy().astype(np.uint8))
-            yield dict(image_id=image, category_id=label, segmentation=rle.encode(mask),
-                       bbox=[left, top, right - left, bottom - top])
-    truth, found = api.COCO(), []
-    truth.dataset = dict(images=[dict(id=i, height=160, width=160) for i in range(30)],
-                         categories=[dict(id=i) for i in range(1, 6)], annotations=[], info={})
-    for i, (t, f) in enumerate(pairs):
-        for row, crowd, area in zip(rows(t, i), t["crowd"].tolist(), t["area"].tolist()):
-            truth.dataset["annotations"].append(dict(
-                row, id=len(truth.dataset["annotations"]) + 1, iscrowd=int(crowd), area=area))
-        found += [dict(row, score=s) for row, s in zip(rows(f, i), f["scores"].tolist())]
+            row = dict(bbox=[left, top, right - left, bottom - top], segmentation=rle.encode(mask))
+            yield dict(image_id=image, category_id=label, **{name: row[name] for name in names})
+    truth, annotations = api.COCO(), []
+    for i, (t, _) in enumerate(pairs):
+        for row, crowd, area in zip(rows(t, i, "bbox", "segmentation"), t["crowd"], t["area"]):
+            annotations.append(dict(row, id=len(annotations) + 1, iscrowd=int(crowd),
+                                    area=area.item()))
+    truth.dataset = dict(images=[dict(id=i, height=160, width=160) for i in range(30)], info={},
+                         categories=[dict(id=i) for i in range(1, 6)], annotations=annotations)
     truth.createIndex()
     names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
-    for kind, word in (("bbox", "box"), ("segm", "mask")):
-        rows_of_kind = [{k: v for k, v in row.items() if k != "segmentation" or kind == "segm"}
-                        for row in found]
-        if kind == "segm":  # its areas are the masks'
-            rows_of_kind = [{k: v for k, v in row.items() if k != "bbox"} for row in rows_of_kind]
+    for kind, word, what in (("bbox", "box", "bbox"), ("segm", "mask", "segmentation")):
+        rows_of_kind = [dict(row, score=score) for i, (_, f) in enumerate(pairs)
+                        for row, score in zip(rows(f, i, what), f["scores"].tolist())]
         run = COCOeval(truth, truth.loadRes(rows_of_kind), kind)
         run.evaluate(), run.accumulate(), run.summarize()
         for name, theirs in zip(names, run.stats):
@@ -176,7 +167,6 @@ def test_a_perfect_detection_scores_100(coco, few_scenes, monkeypatch):
     def right(model, image, *_):
         return next(dict(t, scores=torch.ones(len(t["labels"])), masks=t["masks"].bool())
                     for seen, t in readable if seen is image)
-    one = pretrain.Process(0, 1, torch.device("cpu"))
     for where in (str(coco), "scenes"):
         data, readable = finetune.BoxSet(where, False, None), []
         real = data.read
@@ -186,8 +176,7 @@ def test_a_perfect_detection_scores_100(coco, few_scenes, monkeypatch):
             return readable[-1]
         monkeypatch.setattr(data, "read", read)
         monkeypatch.setattr(finetune, "objects_of", right)
-        args = Namespace(workers=0)
-        found = finetune.evaluate_boxes(torch.nn.Identity(), data, args, one, None)
+        found = finetune.evaluate_boxes(torch.nn.Identity(), data, Namespace(workers=0), ONE, None)
         assert found["box_ap"] == found["mask_ap"] == 100 and found["images"] == 5
 
 
@@ -203,10 +192,8 @@ def test_polygons_and_run_lengths_are_pycocotools_to_the_pixel():
                   .round(i % 3).ravel().tolist() for _ in range(rng.integers(1, 3))]
         theirs = rle.decode(rle.merge(rle.frPyObjects(points, h, w)))
         assert np.array_equal(finetune.mask_of(points, h, w), theirs)
-        counts = np.diff(np.flatnonzero(np.diff(theirs.T.ravel().astype(int), prepend=0)),
-                         prepend=0, append=h * w).tolist()
         text = rle.encode(np.asfortranarray(theirs))["counts"].decode()
-        for counts in (counts, text):
+        for counts in (runs_of(theirs), text):
             assert np.array_equal(finetune.mask_of(dict(size=[h, w], counts=counts), h, w), theirs)
 
 
@@ -220,7 +207,7 @@ def test_boxes_of_scenes_are_tight(few_scenes):
     data = finetune.BoxSet("scenes", True, None)
     for index in range(len(data)):
         image, found = data.read(index)
-        assert image.shape == (3, SIDE, SIDE) and (found["masks"].sum(0) <= 1).all()
+        assert image.shape == (3, 40, 40) and (found["masks"].sum(0) <= 1).all()
         assert len(found["labels"]) >= 1 and found["masks"].any((1, 2)).all()
         for mask, (left, top, right, bottom) in zip(found["masks"], found["boxes"].int().tolist()):
             rows, columns = mask.nonzero(as_tuple=True)
@@ -303,10 +290,9 @@ def test_broken_json_is_named(coco, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--labels 3", "--labels"), ("--data shapes", "nor a folder with annotations/instances_train"),
+    ("--data shapes", "nor a folder with annotations/instances_train"),
     ("--neck c4", "--neck: invalid choice: 'c4'"), ("--compile", "--head detect change"),
-    ("--recipe coco_c4", "vit_micro is no ResNet"),
-    ("--eval --weights none", "has no head for"), ("--crop 0.5 2.0", "--crop")])
+    ("--recipe coco_c4", "vit_micro is no ResNet"), ("--crop 0.5 2.0", "--crop")])
 def test_what_is_refused(flags, says, few_scenes, tmp_path, capfd):
     assert detect("--data", "scenes", *flags.split(), "--out", tmp_path / "run") == 2
     assert says in capfd.readouterr().err
@@ -398,18 +384,8 @@ def test_imagenet_sized_models_get_the_papers_recipe(coco, imagenet):
     assert args.recipe == "coco_bm" and args.epochs == 12 and args.batch_size == 16
 
 
-def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
-    """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
-    encoder = small_encoder(tmp_path / "encoder")
-    assert detect("--weights", encoder, "--patch_size", 4, "--out", tmp_path / "run") == 0
-    found = result_of(tmp_path / "run")
-    assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found["box_ap"] <= 100
-    assert (tmp_path / "run/found.png").exists()
-    assert [line["step"] for line in log_of(tmp_path / "run") if "box_ap" in line] == [2, 4]
-    argv = ["--eval", "--weights", tmp_path / "run", "--amp", "off", "--out"]
-    assert pretrain.command(finetune.main, [*map(str, argv), str(tmp_path / "eval")]) == 0
-    assert result_of(tmp_path / "eval")["box_ap"] == found["box_ap"]
-    assert result_of(tmp_path / "eval")["mask_ap50"] == found["mask_ap50"]
+def test_a_run_on_scenes(few_scenes, tmp_path):
+    a_run_on_scenes(detect, tmp_path, "box_ap", "mask_ap50")
 
 
 def test_two_processes_measure_the_same_and_resuming_changes_nothing(coco, tmp_path, monkeypatch):
@@ -418,21 +394,17 @@ def test_two_processes_measure_the_same_and_resuming_changes_nothing(coco, tmp_p
     """
     argv = ["--data", coco, "--out"]
     assert detect(*argv, tmp_path / "one") == 0
-    one = result_of(tmp_path / "one")
     measure = ["--eval", "--weights", tmp_path / "one", "--amp", "off", "--workers", 0, "--out"]
     codes, said = together("finetune", *measure, tmp_path / "eval")
     assert codes == [0, 0], said
-    two = result_of(tmp_path / "eval")
+    one, two = (json_of(tmp_path / name) for name in ("one", "eval"))
     assert one["images"] == two["images"] == 5
     assert [one[k] for k in one if "_ap" in k] == [two[k] for k in one if "_ap" in k]
-    codes, said = together("finetune", *SMALL, *argv, tmp_path / "two")
+    codes, said = together("finetune", *SMALL, *argv, tmp_path / "two", "--steps", 2)
     assert codes == [0, 0], said
     pair = [log_of(tmp_path / name)[0]["loss"] for name in ("one", "two")]
     assert pair[0] == pytest.approx(pair[1], rel=0.2)
-
-    stopped_and_resumed(detect, monkeypatch, *argv, tmp_path / "parts")
-    pairs = zip(weights_of(tmp_path / "parts").values(), weights_of(tmp_path / "one").values())
-    assert all(torch.equal(x, y) for x, y in pairs)
+    stopped_and_resumed(detect, monkeypatch, tmp_path, "--data", coco)
 
 
 def test_the_commands_of_the_readme(few_scenes, coco, tmp_path):

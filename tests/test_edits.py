@@ -3,13 +3,14 @@
 An edit is a list of (file, before or after which line, the line's beginning, new lines). Nothing
 else has to be touched.
 """
-import functools
+import importlib
+import sys
 
 import pytest
 import torch
 
-import models
-from conftest import ROOT, TINY, command, ended, forked, log_of
+import pretrain
+from conftest import ROOT, TINY, log_of
 
 TASK = [("degrade.py", "before", "# --- The table of tasks ---", '''
 def shuffle(images, patch_size, share=0.5, turned=False, generator=None, within=None):
@@ -90,69 +91,57 @@ EDITS = {"task": (TASK, "--task shuffle --share 0.75 --turned False"),
          "loss": (LOSS, "--loss charbonnier"),
          "average": (AVERAGE, ""),
          "mask": (MASK, "--task mask --mask_kind dark --mask_ratio 0.5"),
-         "tensors": (TENSORS, "--data {folder}/set.pt"),
+         "tensors": (TENSORS, "--data {}/set.pt"),
          "network": (NETWORK, "--task a2mim --model convnext --img_size 32 --patch_size 8")}
 
 
-def edited(name, folder):
-    """The files, edited, in `folder`, and the Python that makes them the ones that are imported."""
-    texts = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-    for file, where, beginning, new in EDITS[name][0]:
-        lines = texts[file].split("\n")
-        at, = (i for i, line in enumerate(lines) if line.startswith(beginning))
-        lines.insert(at + (where == "after"), new.strip("\n"))
-        texts[file] = "\n".join(lines)
-    for file, text in texts.items():
-        (folder / file).write_text(text)
-    rooms = [path.stem for path in ROOT.glob("*.py")]
-    return (f"import sys; sys.path.insert(0, {str(folder)!r})\n"
-            f"for name in {rooms}: sys.modules.pop(name, None)")
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd):
+    """train(name, *options) -> the log of three steps of pretrain.py with the edit, in a folder."""
+    def go(name, *more, out="run"):
+        changes, flags = EDITS[name]
+        texts = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
+        for file, where, beginning, new in changes:
+            lines = texts[file[:-3]].split("\n")
+            at, = (i for i, line in enumerate(lines) if line.startswith(beginning))
+            lines.insert(at + (where == "after"), new.strip("\n"))
+            texts[file[:-3]] = "\n".join(lines)
+        for room, text in texts.items():
+            (tmp_path / f"{room}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, room, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        edited = importlib.import_module("pretrain")
+        assert edited.__file__ == str(tmp_path / "pretrain.py")
+        monkeypatch.setattr(edited, "cores", lambda: 1)
+        argv = ["--model", "vit_micro", *TINY[2:], *flags.format(tmp_path).split(), "--steps", 3,
+                "--out", tmp_path / out, *more]
+        assert edited.command(edited.main, [*map(str, argv)]) == 0, capfd.readouterr()
+        log = log_of(tmp_path / out)
+        assert len(log) == 3 and all(line["grad_norm"] > 0 for line in log)
+        return log
+    return go
 
 
-def train(name, folder, *more):
-    """(exit code, what was said) of pretrain.py with the edit."""
-    start = functools.partial(command, preamble=edited(name, folder))
-    flags = EDITS[name][1].format(folder=folder).split()
-    argv = ["--model", "vit_micro", *TINY[2:], *flags, "--steps", 3, "--out", folder / "run", *more]
-    codes, said = ended(*forked(start, "pretrain", *argv))
-    return codes[0], said
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_an_edit_trains(name, tmp_path):
+@pytest.mark.parametrize("name", ["task", "mask", "tensors", "network"])
+def test_an_edit_trains(name, train, tmp_path):
     images = torch.randint(256, (20, 3, 20, 20), generator=torch.Generator().manual_seed(0))
     torch.save(images.byte(), tmp_path / "set.pt")
-    code, said = train(name, tmp_path)
-    log = log_of(tmp_path / "run")
-    assert code == 0 and len(log) == 3 and all(line["grad_norm"] > 0 for line in log), said
+    train(name)
 
 
-def test_a_new_loss_is_the_loss_of_the_default_task(tmp_path):
+def test_a_new_loss_is_the_loss_of_the_default_task(train):
     """Charbonnier is above L1 by less than its constant, and is not L1."""
-    (tmp_path / "b").mkdir()
-    assert train("loss", tmp_path)[0] == 0 == train("loss", tmp_path / "b", "--loss", "l1")[0]
-    ours, l1 = (log_of(x / "run")[0]["loss"] for x in (tmp_path, tmp_path / "b"))
+    ours, l1 = train("loss")[0]["loss"], train("loss", "--loss", "l1", out="b")[0]["loss"]
     assert 0 < ours - l1 < 1e-3
 
 
-def test_float_tensors_are_refused(tmp_path):
-    torch.save(torch.rand(20, 3, 20, 20), tmp_path / "set.pt")
-    code, said = train("tensors", tmp_path)
-    assert code == 2 and "images are uint8, not torch.float32" in said
+def test_float_tensors_are_refused():
+    with pytest.raises(ValueError, match="images are uint8, not torch.float32"):
+        pretrain.MemorySet(torch.rand(2, 3, 8, 8), torch.zeros(2), ["all"], "x")
 
 
-def test_an_average_of_the_weights_is_saved_and_loaded(tmp_path):
-    assert train("average", tmp_path)[0] == 0
+def test_an_average_of_the_weights_is_saved_and_loaded(train, tmp_path):
+    train("average")
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert state["average"]["n_averaged"] == 3
-    assert train("average", tmp_path, "--resume")[0] == 0
-
-
-def test_the_encoder_of_a_run_in_three_lines_refuses_wrong_input(run, tmp_path):
-    assert run("--task", "mask", "--steps", 2)[0] == 0
-    model = models.load_encoder(tmp_path / "run")
-    images = torch.rand(2, 3, 16, 16)
-    assert model(images).shape == (2, 128) and not model.training
-    for wrong in ((images * 255).byte(), 4 * images - 2):
-        with pytest.raises(ValueError, match="floats in \\[0, 1\\]"):
-            model(wrong)
+    train("average", "--resume")

@@ -14,7 +14,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import together, TINY
+from conftest import loaded
 
 
 def pictures(folder, count=4, mode="RGB", name="{}.png"):
@@ -57,21 +57,21 @@ def test_the_demo_reads_as_training_does(tmp_path):
     assert view.min() == view.max() == 20000 * 255 // 65535
 
 
-def test_a_class_called_train_is_no_split(run, tmp_path):
+def test_a_class_called_train_is_no_split(tmp_path):
     """Its siblings hold images too. With val beside it, and nothing else, it is one."""
     for name in ("bus", "car", "train"):
         pictures(tmp_path / "data" / name)
-    assert "12 images" in run("--steps", 1, data=tmp_path / "data")[1]
+    assert len(loaded(tmp_path / "data")) == 12
     labelled(tmp_path / "split")
-    assert "8 images" in run("--steps", 1, data=tmp_path / "split", out=tmp_path / "b")[1]
+    assert len(loaded(tmp_path / "split")) == 8
 
 
-def test_what_lies_beside_train_and_val_is_no_data(run, tmp_path):
+def test_what_lies_beside_train_and_val_is_no_data(tmp_path):
     """Neither a hidden folder nor one of samples, with val there. Without, samples are a class."""
     labelled(tmp_path / "data")
     pictures(tmp_path / "data/.ipynb_checkpoints")
     pictures(tmp_path / "data/samples")
-    assert ": 8 images" in run("--steps", 1, data=tmp_path / "data")[1]
+    assert len(loaded(tmp_path / "data")) == 8
 
 
 def test_a_path_stays_a_path(of, run, tmp_path, monkeypatch):
@@ -83,24 +83,10 @@ def test_a_path_stays_a_path(of, run, tmp_path, monkeypatch):
     assert code == 0 and '"images": 8' in said
 
 
-def test_what_is_no_image_is_counted_once(run, tmp_path):
-    """Hidden names are passed over, other kinds are left out: both are said."""
-    pictures(tmp_path / "data")
-    for name in ("._0.png", ".ipynb_checkpoints", "notes.txt", "array.npy"):
-        (tmp_path / "data" / name).touch()
-    said = run("--steps", 1, data=tmp_path / "data")[1]
-    assert "4 images" in said
-    assert "(2 hidden or system names passed over, 2 files of other kinds left out)" in said
-
-
 def test_a_class_without_val_images_is_allowed_and_said(of, tmp_path):
-    """The other way round, a class that is not trained on, is refused."""
     labelled(tmp_path / "a", without=[("val", "dog")])
-    code, said, _ = of(finetune, data=tmp_path / "a")
+    code, said, _ = of(finetune, "--steps", 1, data=tmp_path / "a")
     assert code == 0 and "has no images of dog" in said
-    labelled(tmp_path / "b", without=[("train", "dog")])
-    code, _, complaint = of(finetune, data=tmp_path / "b", out=tmp_path / "r")
-    assert code == 2 and "classes that are not trained on: dog" in complaint
 
 
 def test_two_links_to_one_class_folder_are_two_classes(tmp_path):
@@ -119,14 +105,15 @@ def test_classes_of_a_list_alone(of, run, tmp_path):
     assert code == 0 and "8 images" in said and "(of --classes are not there: yeti)" in said
     code, said, _ = of(probe, "--weights", tmp_path / "r", data=tmp_path / "data")
     assert code == 0 and "of 2 classes" in said and '"images": 8' in said
+    some += ["--steps", 1]
     assert of(finetune, *some, data=tmp_path / "data", out=tmp_path / "f")[0] == 0
     assert models.read_weights(tmp_path / "f")["config"]["classes"] == ["cat", "sea cow"]
     labelled(tmp_path / "other", ("a", "b"))  # the list is of the run's own data
     for name in ("data", "other"):
-        out = tmp_path / f"fine-{name}"
-        assert of(finetune, "--weights", tmp_path / "r", data=tmp_path / name, out=out)[0] == 0
+        argv = ["--steps", 1, "--weights", tmp_path / "r"]
+        assert of(finetune, *argv, data=tmp_path / name, out=tmp_path / f"fine-{name}")[0] == 0
     pictures(tmp_path / "bare/cat")  # there is no val
-    assert run("--steps", 1, *some, data=tmp_path / "bare", out=tmp_path / "b")[0] == 0
+    assert run(*some, data=tmp_path / "bare", out=tmp_path / "b")[0] == 0
     assert run("--classes", "nowhere", out=tmp_path / "s")[0] == 2
 
 
@@ -138,18 +125,6 @@ def test_weights_of_another_program(tmp_path, of):
     labelled(tmp_path / "data")
     code, said, _ = of(probe, "--weights", tmp_path / "w.pth", data=tmp_path / "data")
     assert code == 0 and "79 (model_ema, teacher.cls_token," in said, said
-
-
-def test_other_copies_of_the_data_are_refused(tmp_path):
-    """Before the first step, and it is said which rank sees what."""
-    pictures(tmp_path / "0", 4)
-    pictures(tmp_path / "1", 5)
-    apart = ("import os, sys; import pretrain; inner = pretrain.inner\n"
-             f"pretrain.inner = lambda data, split: inner(data + os.environ['RANK'], split)")
-    os.mkdir(tmp_path / "x")
-    argv = [*TINY, "--data", f"{tmp_path}/", "--out", tmp_path / "run"]
-    codes, said = together("pretrain", *argv, preamble=apart)
-    assert codes == [2, 2] and "rank 0 4 " in said and "rank 1 5 " in said
 
 
 def test_names_that_stdout_cannot_encode(run, tmp_path, monkeypatch):
@@ -226,10 +201,3 @@ def test_safetensors(tmp_path):
 def test_odd_weight_files_get_one_line(state, message):
     with pytest.raises(ValueError, match=message):
         models.load_weights(models.encoder("vit_micro", 32, 4), state)
-
-
-def test_a_single_dict_of_weights_is_found_under_any_key():
-    source = models.encoder("vit_micro", 32, 4)
-    target = models.encoder("vit_micro", 32, 4)
-    models.load_weights(target, {"model_ema": source.state_dict(), "epoch": 3})
-    assert torch.equal(target.cls_token, source.cls_token)

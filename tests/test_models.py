@@ -1,7 +1,6 @@
 """ViT and encoder-decoder (BM 3.2), ResNet, the mask token inside (A2 4), weights in and out."""
 import argparse
 import math
-import os
 
 import pytest
 import torch
@@ -161,10 +160,11 @@ def test_a_dropped_branch_adds_nothing_to_its_image(name, end):
     assert close(got, torch.stack([model(x)[0], whole[1]]))
 
 
-@pytest.mark.parametrize("how", M.TOKEN_HOWS)
-@pytest.mark.parametrize("name, side, patch, at", [
-    *[("vit_micro", 64, 8, at) for at in (0, 3, 6)], *[("resnet18", 64, 8, at) for at in range(5)],
-    ("resnet18", 96, 12, 3), ("resnet18", 64, 32, 3)])
+@pytest.mark.parametrize("name, side, patch, at, how", [
+    *[("vit_micro", 64, 8, at, "add") for at in (0, 6)],
+    *[("resnet18", 64, 8, at, "add") for at in range(5)], ("resnet18", 64, 32, 3, "add"),
+    *[(*row, how) for row in (("vit_micro", 64, 8, 3), ("resnet18", 96, 12, 3))
+      for how in M.TOKEN_HOWS]])
 def test_the_token_enters_after_its_layer(name, side, patch, at, how):
     """A2 4: z + T * D(M). D(M) is the hidden share of each position. Or SimMIM's, or the code's."""
     model = M.recovery_model(name, (side, 96), patch, 1, at, how).eval()
@@ -237,8 +237,9 @@ def test_an_official_mae_file_loads_whole(tmp_path):
         M.load_weights(model(decoder="1x128x4"), file)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "backbone.body.", "encoder_q.", "_orig_mod."])
-@pytest.mark.parametrize("name", ["vit_micro", "resnet18"])
+@pytest.mark.parametrize("name, prefix", [
+    ("vit_micro", "module."), ("vit_micro", "backbone.body."), ("vit_micro", "encoder_q."),
+    ("vit_micro", "_orig_mod."), ("resnet18", "encoder_q.")])
 def test_prefixes_are_taken_off(name, prefix):
     """Of several networks the first is taken. A head of another shape is left out, or any."""
     model = M.encoder(name, 32, 8, num_classes=3)
@@ -290,17 +291,6 @@ def test_positions_of_no_run_are_a_squares_or_the_models():
         M.load_weights(vit(), wide.state_dict())
 
 
-def test_a_file_with_code_is_refused(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    torch.save({"model": Payload()}, tmp_path / "code")
-    with pytest.raises(ValueError, match="could run code"):
-        M.load_weights(vit(), tmp_path / "code")
-    assert not (tmp_path / "executed").exists()
-
-
 @pytest.mark.parametrize("name, at", [("vit_micro", "decoder"), ("vit_micro", 2), ("resnet18", 3)])
 def test_export_is_the_plain_backbone(name, at, tmp_path):
     """It loads strictly, computes the same and is contiguous."""
@@ -324,7 +314,7 @@ def test_load_encoder(name, tmp_path):
     for encoder in (M.load_encoder(tmp_path), M.load_encoder(tmp_path / "w", **config)):
         assert torch.equal(encoder(x), model.pooled(model.encode(x)))
     for wrong in ((x * 255).byte(), x * 2, x - 0.5):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="floats in \\[0, 1\\]"):
             encoder(wrong)
     for given in ({}, dict(model=name), config | dict(model="resnet50")):
         with pytest.raises(ValueError):

@@ -14,12 +14,9 @@ import finetune
 import models
 import pretrain
 import probe
+from conftest import json_of
 
 RESNET = "--model resnet18 --img_size 32 --patch_size 8".split()
-
-
-def json_of(out, name="result"):
-    return json.loads(Path(out, f"{name}.json").read_text())
 
 
 def spy(monkeypatch, owner, name):
@@ -50,8 +47,9 @@ def test_knn_by_hand():
 
 
 @pytest.mark.parametrize("vit", [True, False])
-def test_a_linear_probe_of_separable_features_has_them_all_right(vit):
+def test_a_linear_probe_of_separable_features_has_them_all_right(vit, monkeypatch):
     """Each class is shifted along an axis of its own, beside larger numbers that mean nothing."""
+    monkeypatch.setattr(probe, "STEPS", 2000)
     features, labels = 3 * torch.rand(300, 5, generator=pretrain.seeded(0)), torch.arange(300) % 3
     features[:, :3] = features[:, :3] / 3 + 2 * torch.eye(3)[labels]
     head = probe.linear_probe(features, labels, 3, vit)
@@ -63,7 +61,6 @@ def test_a_vits_linear_probe_is_maes(monkeypatch):
     rates, step = [], probe.LARS.step
     monkeypatch.setattr(probe.LARS, "step", lambda self: (
         rates.append(self.param_groups[0]["lr"]), step(self)))
-    monkeypatch.setattr(probe, "STEPS", 1)
     norm, _ = probe.linear_probe(torch.randn(40, 4), torch.arange(40) % 2, 2, vit=True)
     assert isinstance(norm, torch.nn.BatchNorm1d) and not norm.affine
     want = [6.4 * (i + 1) / 10 for i in range(10)]
@@ -115,7 +112,7 @@ def test_the_blocks_probe_pools_the_cls_token_or_the_patches(cls):
 
 @pytest.mark.parametrize("model, flags", [
     ("vit_micro", []), pytest.param("resnet18", RESNET, marks=pytest.mark.slow)])
-def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatch, short_fits):
+def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatch):
     """Tokens are computed once, or anew each epoch, to the same end. The backbone is in eval() and
     stays as it was.
     """
@@ -149,7 +146,7 @@ def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatc
     assert (config["epochs"], config["model"], result["blocks"]) == (12, model, 2)
 
 
-def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch, short_fits):
+def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch):
     """Of the central part. Model, sizes, pooling and data are the run's."""
     assert of(finetune, "--steps", 1, "--pool", "mean", "--test_crop", 0.5)[0] == 0
     calls = spy(monkeypatch, probe, "knn")
@@ -163,7 +160,7 @@ def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch,
     assert torch.allclose(calls[0][2], want, atol=1e-5)
 
 
-def test_labels_are_so_many_of_each_class(of, monkeypatch, short_fits, tmp_path):
+def test_labels_are_so_many_of_each_class(of, monkeypatch, tmp_path):
     calls = spy(monkeypatch, probe, "knn")
     assert of(probe, "--labels", 3)[0] == 0
     assert calls[0][1].tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -179,8 +176,7 @@ def test_a_resnet_is_probed_at_the_size_it_was_measured_at(tmp_path):
         assert args.out == Path(f"runs/probe-{tmp_path.name}-{tmp_path.name}")
 
 
-def test_unreadable_images_are_left_out_with_their_labels(of, labelled, tmp_path, monkeypatch,
-                                                          short_fits):
+def test_unreadable_images_are_left_out_with_their_labels(of, labelled, tmp_path, monkeypatch):
     """Up to 1% of them, and more stop."""
     data = Path(shutil.copytree(labelled, tmp_path / "data"))
     for i in range(150):

@@ -18,7 +18,7 @@ import models
 import pretrain
 import probe
 import table1
-from conftest import ROOT, TINY, free_port, log_of
+from conftest import ROOT, TINY, free_port, log_of, small_run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -50,15 +50,8 @@ def here(command, *more):
     return pretrain.command(module[script.removesuffix(".py")].main, [*argv, *map(str, more)])
 
 
-def small_run(folder, *flags):
-    """A run on the built-in pictures as the first command leaves one, two steps long."""
-    argv = ["--batch_size", "8", "--steps", "2", "--out", str(folder), *flags]
-    assert pretrain.command(pretrain.main, argv) == 0
-    return str(folder)
-
-
 @pytest.fixture
-def few_shapes(monkeypatch, short_fits):
+def few_shapes(monkeypatch):
     """A hundredth of the built-in pictures."""
     Drawn = pretrain.Drawn
     monkeypatch.setattr(pretrain, "Drawn", lambda n, seed: Drawn(n // 100, 48, seed))
@@ -155,7 +148,7 @@ def test_the_commands_of_the_figures(few_shapes, tmp_path):
         assert (tmp_path / "out" / f"{name}.json").exists()
 
 
-def test_the_commands_for_images_of_ones_own(labelled, tmp_path, run, short_fits):
+def test_the_commands_for_images_of_ones_own(labelled, tmp_path, run):
     """Both measure the run that the first leaves, by its own configuration."""
     assert run("--task", "mask", "--steps", 1, data=labelled, out=tmp_path / "own")[0] == 0
     for name, less in ("probe", []), ("finetune", ["--labels", 2, "--steps", 2]):

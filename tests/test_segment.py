@@ -1,5 +1,4 @@
 """A class for every pixel (BM 4.4, A2 5.3): pyramids, UperNet, scenes, ADE20K's layout, IoU."""
-
 from argparse import Namespace
 
 import numpy as np
@@ -10,18 +9,10 @@ from PIL import Image
 import finetune
 import models
 import pretrain
-from conftest import (commands_of_the_readme, gradients_of, log_of, result_of, small_encoder,
-                      stopped_and_resumed, together, weights_of)
+from conftest import (DENSE, ONE, a_run_on_scenes, commands_of_the_readme, gradients_of, json_of,
+                      stopped_and_resumed, together)
 
-SMALL = ("--head segment --model vit_micro --patch_size 8 --img_size 32 --width 8 --batch_size 4 "
-         "--workers 0 --amp off --steps 4 --save_every 2 --log_every 1").split()
-
-
-@pytest.fixture
-def few_scenes(monkeypatch):
-    """Thirty of the built-in scenes to train on, five to measure, of 40 pixels."""
-    Scenes = pretrain.Scenes
-    monkeypatch.setattr(pretrain, "Scenes", lambda n, seed: Scenes(30 if n > 1000 else 5, 40, seed))
+SMALL = [*"--head segment --width 8".split(), *DENSE]
 
 
 @pytest.fixture
@@ -58,7 +49,7 @@ def test_positions_are_resized_to_the_image(size):
 
 
 @pytest.mark.parametrize("name, layers", [
-    ("vit_micro", (2, 3, 4, 6)), ("vit_base", (4, 6, 8, 12)), ("resnet18", (1, 2, 3, 4))])
+    ("vit_micro", (2, 3, 4, 6)), ("vit_tiny", (4, 6, 8, 12)), ("resnet18", (1, 2, 3, 4))])
 def test_the_maps_of_a_pyramid(name, layers):
     """A ViT's behind a third, a half, two thirds of its blocks; a ResNet's stages."""
     seen, model = [], models.encoder(name, 32, 16)
@@ -110,9 +101,7 @@ def test_a_perfect_prediction_scores_100(ade, monkeypatch):
         return torch.where(images[:, 3] == 255, 0, images[:, 3]).long()
     monkeypatch.setattr(finetune, "classes_of", right)
     data = finetune.PixelSet(str(ade), False, 7)
-    one = pretrain.Process(0, 1, torch.device("cpu"))
-    args = Namespace(workers=2)
-    found = finetune.evaluate_pixels(torch.nn.Identity(), data, args, one, None)
+    found = finetune.evaluate_pixels(torch.nn.Identity(), data, Namespace(workers=2), ONE, None)
     assert found == dict(miou=100, pixel_accuracy=100, images=5)
 
 
@@ -194,34 +183,21 @@ def test_recipes(flags, want, ade, few_scenes):
         assert args.lr * 16 / 256 == pytest.approx(4e-4)
 
 
-def test_a_run_on_scenes(few_scenes, tmp_path, capfd):
-    """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
-    encoder = small_encoder(tmp_path / "encoder")
-    argv = ["--weights", encoder, "--patch_size", 4]
-    assert segment(*argv, "--out", tmp_path / "run") == 0
-    found = result_of(tmp_path / "run")
-    assert found["images"] == 5 and found["data"] == "scenes" and 0 <= found["miou"] <= 100
-    assert (tmp_path / "run/found.png").exists()
-    assert [line["step"] for line in log_of(tmp_path / "run") if "miou" in line] == [2, 4]
-    argv = ["--eval", "--weights", tmp_path / "run", "--amp", "off", "--out"]
-    assert pretrain.command(finetune.main, [*map(str, argv), str(tmp_path / "eval")]) == 0
-    assert result_of(tmp_path / "eval")["miou"] == found["miou"]
+def test_a_run_on_scenes(few_scenes, tmp_path):
+    a_run_on_scenes(segment, tmp_path, "miou")
 
 
 def test_two_processes_and_resuming_change_nothing(ade, tmp_path, monkeypatch):
     """Five images to measure cannot be halved."""
-    argv = ["--data", ade, "--num_classes", 7, "--crop", 0.75, 1.25, "--out"]
-    assert segment(*argv, tmp_path / "one") == 0
-    codes, said = together("finetune", *SMALL, *argv, tmp_path / "two")
+    argv = ["--data", ade, "--num_classes", 7, "--crop", 0.75, 1.25]
+    assert segment(*argv, "--out", tmp_path / "one") == 0
+    codes, said = together("finetune", *SMALL, *argv, "--out", tmp_path / "two")
     assert codes == [0, 0], said
-    one, two = (result_of(tmp_path / name) for name in ("one", "two"))
+    one, two = (json_of(tmp_path / name) for name in ("one", "two"))
     assert one["images"] == two["images"] == 5 and one["miou"] == pytest.approx(two["miou"], abs=1)
     pair = [gradients_of(tmp_path / name) for name in ("one", "two")]
     assert torch.allclose(*pair, atol=1e-4, rtol=1e-2)
-
-    stopped_and_resumed(segment, monkeypatch, *argv, tmp_path / "parts")
-    pairs = zip(weights_of(tmp_path / "parts").values(), weights_of(tmp_path / "one").values())
-    assert all(torch.equal(x, y) for x, y in pairs)
+    stopped_and_resumed(segment, monkeypatch, tmp_path, *argv)
 
 
 def test_the_commands_of_the_readme(few_scenes, ade, tmp_path):
