@@ -382,7 +382,7 @@ def test_a_run_is_called_after_its_weights(weights, tmp_path):
 
 def test_neither_accumulation_nor_two_processes_change_the_run(of, labelled, tmp_path):
     """With all that is random. 13 images to measure cannot be halved."""
-    flags = [*VIT, *"--batch_size 8 --steps 3 --data".split(), labelled, *HERE]
+    flags = [*VIT, *"--recipe deit --batch_size 8 --steps 3 --data".split(), labelled, *HERE]
     half = [*flags, "--accum", 2, "--out"]
     assert plain(*flags, "--out", tmp_path / "one") == plain(*half, tmp_path / "half") == 0
     codes, said = together("finetune", *half, tmp_path / "two")
