@@ -72,7 +72,9 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = pretrain.begin(args, process, state)
-    net = pretrain.parallel(model, args.compile, process)
+    if args.compile:
+        model.compile()
+    net = nn.parallel.DistributedDataParallel(model) if process.world > 1 else model
     if on_first:
         print(pretrain.describe(args, process, data, start), flush=True)
 
@@ -415,7 +417,7 @@ class AnnotatedSet(pretrain.FolderSet):
     def __init__(self, data, train, classes):
         self.scenes, self.bad = None, {}  # bad: as FolderSet's
         if data == "scenes":
-            self.scenes, self.classes = pretrain.built_in_scenes(train), self.of_scenes
+            self.scenes, self.classes = pretrain.built_in(data, train), self.of_scenes
             self.names = np.arange(len(self.scenes.kinds))
             self.found = f"{len(self):,} scenes"
         else:

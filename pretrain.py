@@ -14,8 +14,8 @@ on a CPU, the papers' runs days on many GPUs.
 A step is four lines of main():  view -> degrade -> model -> loss.  Everything else in this file
 feeds it (data), shares it (processes, precision), or keeps it (checkpoint, log, picture).
 
-What is random is a function of (seed, step), never of how the work is split. The number of
-processes, accumulation, loader workers and resuming do not change it.
+What is random is a function of (seed, step), not of the number of processes, accumulation, loader
+workers or resuming.
 
 Exit code: 0 done, 1 the run failed, 2 bad request, 130 or 143 stopped by a signal after saving.
 """
@@ -37,8 +37,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-# How long a thread of torch's waits awake. With libgomp's own number a run beside other programs is
-# half as fast. It is read when torch is imported.
+# How long torch's threads wait awake, read at its import. libgomp's own number makes a run beside
+# other programs half as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import numpy as np
@@ -47,8 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import degrade
@@ -84,7 +83,9 @@ def main(argv=None):
     # where the run stands
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = begin(args, process, state)  # recent: the losses since the last line of the log
-    net = parallel(model, args.compile, process)
+    if args.compile:
+        model.compile()
+    net = DistributedDataParallel(model) if process.world > 1 else model
     shown = pictures_to_show(args, process, data)
     if on_first:
         print(describe(args, process, data, start), flush=True)
@@ -155,12 +156,12 @@ def main(argv=None):
 # clip 0: none. BM's batch and warm-up are those of its launch scripts.
 # at_once: the most images a process holds, the rest of its batch is accumulated.
 # differs from the authors' code: A2's has half this lr for ViTs, and steps for the cosine.
+BOTH = dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, batch_size=2048,
+            at_once=64)
 PAPERS = {
-    "BM": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup_share=20 / 300,
-               lr=1.5e-4, batch_size=2048, at_once=64, betas=[0.9, 0.95], clip=0.0,
+    "BM": dict(BOTH, warmup_share=20 / 300, lr=1.5e-4, betas=[0.9, 0.95], clip=0.0,
                crop=[0.2, 1.0]),
-    "A2": dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, warmup_share=10 / 300,
-               lr=1e-4, batch_size=2048, at_once=64, betas=[0.9, 0.999], clip=5.0,
+    "A2": dict(BOTH, warmup_share=10 / 300, lr=1e-4, betas=[0.9, 0.999], clip=5.0,
                crop=[0.67, 1.0]),
 }
 # The same for small sets and a CPU. A network of maps wants larger pictures.
@@ -181,9 +182,7 @@ def check(right, message=""):
 
 
 def kind_of(data):
-    """The kind of --data, for recipe and loading: "shapes" (built in), "small" (by name),
-    "folder".
-    """
+    """The kind of --data, for recipe and loading."""
     if data in BUILT_IN or data in SETS:
         return "shapes" if data in BUILT_IN else "small"
     check(os.path.isdir(data), f"--data {data} is no folder, nor one of {', '.join(BUILT_IN)}, "
@@ -192,8 +191,8 @@ def kind_of(data):
 
 
 def recipe(chosen):
-    """The defaults for what is read first: the paper's, its exceptions, those of small sets and of
-    what is small, and those for the number of images in a folder. The later wins.
+    """The defaults for what is read first: the paper's, then what differs for a network, a small
+    set, a small size, and the number of images in a folder.
     """
     data, model, kind = chosen.data, chosen.model, kind_of(chosen.data)
     paper = degrade.TASKS[chosen.task].paper
@@ -226,12 +225,12 @@ def for_size(defaults, images, batch=None):
     """The recipe for so many images: a batch of at most a 32nd of them, a power of two from 64 on,
     and 5,000 steps or more. ImageNet gets the paper's. batch: that of the command line.
     """
-    usual = max(64, 2 ** int(math.log2(max(1, images / 32))))
-    batch = batch or min(defaults["batch_size"], usual)
+    batch = batch or min(defaults["batch_size"], max(64, 2 ** int(math.log2(images / 32))))
     epochs = max(defaults["epochs"], math.ceil(5000 * batch / images))
-    fitted = (batch, epochs) != (defaults["batch_size"], defaults["epochs"])
-    return dict(defaults, batch_size=batch, epochs=epochs,
-                fitted=f"fitted to {images:,} images" if fitted else None)
+    fitted = dict(defaults, batch_size=batch, epochs=epochs)
+    if fitted != defaults:
+        fitted["fitted"] = f"fitted to {images:,} images"
+    return fitted
 
 
 # --- Options ---
@@ -280,7 +279,7 @@ def file_of_names(path):
 def first_options(o):
     """What is read first in every script, beside --data and --model."""
     o("--img_size", type=positive_int, nargs="+", help="side of the input, or height and width")
-    o("--classes", dest="only", type=file_of_names, metavar="FILE", help="of a folder, these class "
+    o("--classes", dest="only", type=file_of_names, metavar="FILE", help="these class "
       "folders alone, one a line")
 
 
@@ -293,8 +292,7 @@ def training_options(o):
     o("--epochs", type=positive, help="passes over the data")
     o("--steps", type=positive_int, help="a whole run of so many steps, instead of --epochs")
     o("--warmup", type=not_negative, help="epochs of it; None: the recipe's share of the run")
-    o("--accum", type=positive_int, help="micro-batches a process makes of its share of a batch; "
-      "None: as few as fit")
+    o("--accum", type=positive_int, help="micro-batches of a process; None: as few as fit")
     o("--lr", type=positive, help="per 256 images of the batch")
     o("--weight_decay", type=not_negative, help="not on biases, norms, tokens, positions")
     o("--betas", type=share, nargs=2, help="of the optimiser's running means")
@@ -323,14 +321,14 @@ def machine_options(o):
 def options(argv=None):
     """The command line. What settles the defaults of the rest is read first."""
     first = Parser(add_help=False)
-    first.add_argument("--task", default="zoom_in_mask", choices=degrade.TASKS, metavar="TASK",
-                       help=", ".join(degrade.TASKS))
-    first.add_argument("--data", default="shapes", help="a folder of images, shapes or scenes "
-                       "(built in), " + ", ".join(SETS))
-    first.add_argument("--model", choices=models.MODELS, metavar="MODEL",
-                       help=", ".join(models.MODELS))
-    first_options(first.add_argument)
-    batch_option(first.add_argument)
+    o = first.add_argument
+    o("--task", default="zoom_in_mask", choices=degrade.TASKS, metavar="TASK",
+      help=", ".join(degrade.TASKS))
+    o("--data", default="shapes", help="a folder of images, shapes or scenes (built in), "
+      + ", ".join(SETS))
+    o("--model", choices=models.MODELS, metavar="MODEL", help=", ".join(models.MODELS))
+    first_options(o)
+    batch_option(o)
     chosen, _ = first.parse_known_args(argv)
     row = degrade.TASKS[chosen.task]
     defaults = recipe(chosen)
@@ -375,9 +373,7 @@ def options(argv=None):
 
 
 def settle(args, process, data):
-    """What follows from the options and the data: where the token enters, what hidden patches hold,
-    the view, the share of each process, the folder.
-    """
+    """What follows from options and data: where the token enters, what is hidden holds, sizes."""
     settings = args.settings
     layer, fill = models.token_layer(args.model, args.token_at), settings["fill"]
     if layer == "decoder":
@@ -388,10 +384,8 @@ def settle(args, process, data):
         fill = "mean"
     check(settings["fill"] in (fill, degrade.TASKS[args.task].fill), f"--fill {settings['fill']} "
           f"does nothing with --token_at {args.token_at} and --mask_ratio {settings['mask_ratio']}")
-    if layer != "decoder":
-        check(args.decoder == models.MODELS[args.model].decoder,
-              f"--decoder {args.decoder}: with --token_at {args.token_at} there is none")
-        args.decoder = None
+    if layer != "decoder" and args.decoder == models.MODELS[args.model].decoder:
+        args.decoder = None  # the default, where there is none
     args.token_at, settings["fill"] = "none" if layer is None else layer, fill
     args.freq = [args.freq_weight, args.freq_alpha, args.freq_batch_mean]
     share_out(args, process, data)
@@ -401,7 +395,6 @@ def settle(args, process, data):
 
 def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
-    check(len(args.img_size) < 3, f"--img_size takes one or two numbers, not {len(args.img_size)}")
     args.img_size = [args.img_size[0], args.img_size[-1]]
     most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it enlarges
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
@@ -463,7 +456,7 @@ CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)
 def seeded(*key):
     """A CPU generator that depends on all the integers of `key`."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 class Process(NamedTuple):
@@ -493,8 +486,8 @@ def set_up(device):
     given = os.environ.get("OMP_NUM_THREADS")
     if not given or given == "1" and world > 1:  # torchrun sets it to 1
         torch.set_num_threads(max(1, cores() // here))
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # keep freed memory: asking for it again takes a tenth of a step
+    if sys.platform == "linux":  # keep freed memory: asking for it again takes a tenth of a step
+        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if world > 1:
@@ -503,7 +496,7 @@ def set_up(device):
 
 
 def sum_over_processes(values, process):
-    """Sum a list of numbers over the processes, which come here at the same point."""
+    """A list of numbers, summed over the processes. All come here at the same point."""
     if process.world == 1:
         return values
     summed = torch.tensor(values, dtype=torch.float64, device=process.device)
@@ -512,7 +505,7 @@ def sum_over_processes(values, process):
 
 
 def gather(value, process):
-    """The values of all processes, which come here at the same point, as a list."""
+    """The values of all processes as a list. All come here at the same point."""
     values = [value] * process.world
     if process.world > 1:
         dist.all_gather_object(values, value)
@@ -520,9 +513,7 @@ def gather(value, process):
 
 
 def on_rank_0(write, process, kind=Failed, said="cannot write, what was there before stays"):
-    """write() in the first process. When it cannot, `kind` of error, which begins with what is
-    `said`, ends all of them.
-    """
+    """write() in the first process. When it cannot, `kind` of error ends all of them."""
     trouble = ""
     if process.rank == 0:
         try:
@@ -564,20 +555,9 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
     for name, p in model.named_parameters():
         if p.requires_grad:
             free = p.ndim <= 1 or any(w in name for w in ("_token", "pos_embed", "relative"))
-            key = (free, scale(name))
-            group = dict(params=[], weight_decay=0.0 if free else weight_decay, lr_scale=key[1])
-            groups.setdefault(key, group)["params"].append(p)
-    return [groups[key] for key in sorted(groups)]
-
-
-def parallel(model, compiled, process):
-    """The model as the loop calls it: compiled, gradients averaged over processes."""
-    if compiled:
-        model.compile()
-    if process.world == 1:
-        return model
-    device = process.device
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+            groups.setdefault((free, scale(name)), []).append(p)
+    return [dict(params=groups[free, factor], weight_decay=0.0 if free else weight_decay,
+                 lr_scale=factor) for free, factor in sorted(groups)]
 
 
 def clipped_norm(model, clip):
@@ -592,13 +572,13 @@ def clipped_norm(model, clip):
 def agree(loss, norm, received, step, args, data, process):
     """The mean loss over the processes, and whether one of them was sent a signal.
 
-    Failed when loss or gradient norm is not finite (under fp16 its scaler leaves out such a step),
-    or when more than 1% of the images of this epoch could not be read.
+    Failed when loss or gradient norm is not finite (fp16's scaler leaves out a step of the latter),
+    or when more than 1% of this epoch's images could not be read.
     """
     epoch = step * args.batch_size // len(data)
     bad = sum(last >= epoch for last in data.bad.values())
-    mine = [float(loss) / process.world, len(received), bad]
-    loss, leaving, bad = sum_over_processes(mine, process)
+    loss, leaving, bad = sum_over_processes(
+        [float(loss) / process.world, len(received), bad], process)
     refuse_bad(data, bad, process)
     if not math.isfinite(loss) or not (norm.isfinite() or args.amp == "fp16"):
         raise Failed("" if process.rank else f"step {step + 1}: the loss is {loss}, the gradient's "
@@ -722,7 +702,7 @@ class MemorySet:
 
 def coco_file(data, split):
     """The annotations of a split in COCO's layout, DIR/annotations/instances_SPLIT2017.json (or the
-    last of those that begin so), or None.
+    first that begins so), or None.
     """
     names = sorted(Path(data, "annotations").glob(f"instances_{split}*.json"))
     return max(names, key=lambda path: path.stem == f"instances_{split}2017", default=None)
@@ -735,21 +715,25 @@ def inner(data, split):
     file = coco_file(data, split)
     if file:
         name = file.stem.removeprefix("instances_")
-        return next((os.path.join(data, *where, name) for where in ((), ("images",))
-                     if os.path.isdir(os.path.join(data, *where, name))), data)
+        places = [os.path.join(data, name), os.path.join(data, "images", name), data]
+        return next(place for place in places if os.path.isdir(place))
     ade = os.path.join(data, "images", dict(train="training", val="validation")[split])
     if os.path.isdir(ade) and os.path.isdir(os.path.join(data, "annotations")):
         return ade  # its annotations are pictures too
-    folder, beside = os.path.join(data, split), []
-    if os.path.isdir(folder) and not os.path.isdir(os.path.join(data, "val")):
-        beside = next(os.walk(data, onerror=unreadable))[1]
-        beside = [name for name in beside if not is_hidden(name) and name not in ("train", "test")]
-    images = any(name.lower().endswith(IMG_FILES) for other in beside
-                 for name in next(os.walk(os.path.join(data, other), onerror=unreadable))[2])
-    return folder if os.path.isdir(folder) and not images else data
+    folder = os.path.join(data, split)
+    if not os.path.isdir(folder):
+        return data
+    if os.path.isdir(os.path.join(data, "val")):
+        return folder
+    for other in next(os.walk(data, onerror=unreadable))[1]:
+        if not is_hidden(other) and other not in ("train", "test"):
+            names = next(os.walk(os.path.join(data, other), onerror=unreadable))[2]
+            if any(name.lower().endswith(IMG_FILES) for name in names):
+                return data
+    return folder
 
 
-IMG_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
+IMG_FILES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
 
 def is_hidden(name):
@@ -799,21 +783,21 @@ def ignore_signals(_):
 class FolderSet(Dataset):
     """All images below a folder, read by loader processes. labelled: folder/<class>/... only."""
     channels = planes = 3  # of the images; of what is read
-    collate = staticmethod(default_collate)
+    collate = None  # the loader's own
 
     def __init__(self, folder, labelled=False, classes=None, only=None):
         self.folder, self.bad = folder, {}  # bad: what cannot be read, its last epoch
         self.names, left = image_files(folder, labelled, tuple(only or ()))
         self.found = f"{len(self.names):,} images in {folder}" + f" ({left})" * bool(left)
-        of = [os.fsdecode(name).split("/") if labelled else ["", ""]
+        of = [os.path.dirname(os.fsdecode(name)).split("/")[0] if labelled else ""
               for name in self.names.tolist()]
-        loose = [name[0] for name in of if len(name) == 1]
-        check(not loose, f"{loose[:1]} is in no class: labelled images are {folder}/<class>/...")
-        self.classes = classes or sorted({name[0] for name in of})
-        more = sorted({name[0] for name in of} - set(self.classes))
+        check(not labelled or "" not in of,
+              f"some images are in no class: labelled images are {folder}/<class>/...")
+        self.classes = classes or sorted({*of})
+        more = sorted({*of} - {*self.classes})
         check(not more, f"{folder} has classes that are not trained on: {', '.join(more[:5])}")
         number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[name[0]] for name in of])
+        self.labels = torch.tensor([number[name] for name in of])
 
     def __len__(self):
         return len(self.names)
@@ -880,14 +864,12 @@ class FolderSet(Dataset):
             for what, last in zip(unread, epoch.tolist()):
                 if what:
                     self.skip(what, last)
-            left = index >= 0
-            if not left.all() and epoch.max() >= 0:
-                raise Failed(f"{list(self.bad)[-1]}; nor can the images after it be read")
-            view = self.to_device(view, device)
-            if left.all():
-                yield view, self.labels[index].to(device)
-            elif left.any():
-                yield view[left.to(device)], self.labels[index[left]].to(device)
+            if index.min() < 0:
+                if epoch.max() >= 0:
+                    raise Failed(f"{list(self.bad)[-1]}; nor can the images after it be read")
+                view, index = view[index >= 0], index[index >= 0]
+            if len(index):
+                yield self.to_device(view, device), self.labels[index].to(device)
 
     def to_device(self, view, device):
         return view.to(device, non_blocking=True).float() / 255
@@ -910,25 +892,35 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     """
     train, kind = split == "train", kind_of(args.data)
     check(kind == "folder" or not args.only, f"--classes: {args.data} is no folder")
-    if args.data == "scenes":
-        check(not labelled, "--data scenes: its images have no classes, for --head segment "
-              "and detect they have more: choose another --data")
-        drawn = built_in_scenes(train)
-        return MemorySet(drawn, torch.zeros(len(drawn.kinds)).long(), [], f"scenes {split}")
     if kind == "shapes":
-        drawn = Drawn(30000, seed=0) if train else Drawn(5000, seed=1)
-        return MemorySet(drawn, drawn.labels, list(SHAPES), f"shapes {split}")
+        check(args.data == "shapes" or not labelled,
+              f"--data {args.data}: its images have no class of their own, choose another --data")
+        drawn = built_in(args.data, train)
+        return MemorySet(drawn, drawn.labels, list(SHAPES), f"{args.data} {split}")
     if kind == "small":
-        images, labels, classes = torchvision_set(args, process, train, labelled)
-        return MemorySet(images.to(process.device), labels, classes, f"{args.data} {split}")
+        which = dict(train=train)
+        if args.data == "stl10":
+            seen = "train" if labelled else "train+unlabeled"
+            which = dict(split=seen if train else "test")
+        read = functools.partial(getattr(torchvision.datasets, SETS[args.data]), args.root, **which)
+        on_rank_0(lambda: read(download=args.download), process, ValueError,  # it fetches for all
+                  f"--data {args.data} cannot be read from --root {args.root}")
+        made = read()
+        images = torch.as_tensor(made.data, device=process.device)
+        if images.ndim == 3:  # grey
+            images = images[:, None]
+        elif images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2).contiguous()
+        labels = torch.as_tensor(made.labels if args.data == "stl10" else made.targets).long()
+        return MemorySet(images, labels, made.classes, f"{args.data} {split}")
 
     folder, only = inner(args.data, split), args.only
     if not train and not labelled:  # to look at
         folder = inner(args.data, "train") if folder == args.data else folder
         only = [name for name in only or () if os.path.isdir(os.path.join(folder, name))]
     check(folder != args.data or not labelled,
-          f"there is no {args.data}/{split}: labelled images are {args.data}/train/<class>/... and "
-          f"{args.data}/val/<class>/...")
+          f"there is no {args.data}/{split}: labelled images are DIR/train/<class>/... and "
+          "DIR/val/<class>/...")
     data = FolderSet(folder, labelled, classes, only)
     same_copies(data, folder, process)
     return data
@@ -941,33 +933,14 @@ def same_copies(data, folder, process):
           + ", ".join(f"rank {rank} {contents}" for rank, contents in enumerate(copies)))
 
 
-def torchvision_set(args, process, train, labelled):
-    """A set by name: images (n, C, H, W) uint8, labels (n,), class names."""
-    which = dict(train=train)
-    if args.data == "stl10":
-        seen = "train" if labelled else "train+unlabeled"
-        which = dict(split=seen if train else "test")
-    kind = functools.partial(getattr(torchvision.datasets, SETS[args.data]), args.root, **which)
-    on_rank_0(lambda: kind(download=args.download), process, ValueError,  # it fetches for all
-              f"--data {args.data} cannot be read from --root {args.root}")
-    made = kind()
-    images = torch.as_tensor(made.data)
-    if images.ndim == 3:  # grey
-        images = images[:, None]
-    elif images.shape[3] == 3:
-        images = images.permute(0, 3, 1, 2).contiguous()
-    labels = torch.as_tensor(made.labels if args.data == "stl10" else made.targets).long()
-    return images, labels, made.classes
-
-
-def pictures_to_show(args, process, data, n=8):
-    """n views (n, C, *args.view) of images that are not trained on, if --data has such."""
+def pictures_to_show(args, process, data):
+    """Eight views (8, C, *args.view) of images that are not trained on, if --data has such."""
     val = load_data(args, process, "val")
     val.bad = data.bad  # a bad image is named once
-    views = val.plain(torch.arange(min(4 * n, len(val))), 4 * n, tuple(args.view), process.device)
+    views = val.plain(torch.arange(min(32, len(val))), 32, tuple(args.view), process.device)
     views = next(views, ([],))[0]
     check(len(views), f"none of the first images of {args.data} can be read")
-    return views[torch.arange(n) % len(views)]
+    return views[torch.arange(8) % len(views)]
 
 
 # --- The built-in pictures ---
@@ -1004,111 +977,101 @@ class Drawn:
 
     def __init__(self, n, size=48, seed=0):
         generator = seeded(seed, n, size)
-        self.shape = (n, 3, size, size)
         self.labels = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=generator)]
         self.numbers = torch.rand(n, 20, generator=generator)
+        self.undrawn(n, 3, size)
+
+    def undrawn(self, n, channels, size):
         # the aspect, here: a power's last bit depends on how many are computed at once
-        self.numbers[:, 1] = 2 ** (0.5 * self.numbers[:, 1] - 0.25)
-        self.images = torch.empty(self.shape, dtype=torch.uint8)
-        self.done = torch.zeros(n, dtype=torch.bool)
-
-    def __getitem__(self, rows):
-        missing = rows[~self.done[rows]]
-        for label, outline in enumerate(SHAPES.values()):
-            for few in missing[self.labels[missing] == label].split(50):  # they fit the cache
-                self.images[few] = draw_shape(outline, self.numbers[few], self.shape[2])
-        self.done[missing] = True
-        return self.images[rows]
-
-
-def along(angle, size):
-    """The coordinate in the direction `angle`, in turns, of each pixel of a canvas [-1, 1]^2."""
-    axis, angle = (torch.arange(size) + 0.5) / size * 2 - 1, 2 * math.pi * angle
-    return axis * torch.cos(angle) + axis[:, None] * torch.sin(angle)
-
-
-def ground(r, size):
-    """A ramp between two colours (k, 3, size, size), and the colour in the middle (k, 3, 1, 1)."""
-    near = r[5:8].movedim(0, 1)
-    far = (near + 0.5 * r[8:11].movedim(0, 1) - 0.25).clamp(0, 1)
-    ramp = (0.5 + along(r[14], size) / 2.84)[:, None]
-    return near * (1 - ramp) + far * ramp, (near + far) / 2
-
-
-def inside_of(outline, r, radius, size):
-    """How far each pixel is inside a shape, in pixels: (k, size, size)."""
-    axis, aspect, turn = (torch.arange(size) + 0.5) / size * 2 - 1, r[1], 2 * r[2] - 1
-    x = axis - (2 * r[3] - 1) * (1.05 - radius)
-    y = axis[:, None] - (2 * r[4] - 1) * (1.05 - radius)
-    u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-    return outline(u / radius * aspect, v / radius / aspect) * radius * size / 2
-
-
-def painted(picture, middle, inside, r, size):
-    """`picture` with a striped shape on it, of a colour that shows on `middle`."""
-    paint = r[11:14].movedim(0, 1)
-    close = (paint - middle).abs().amax(1, keepdim=True) < 0.45
-    paint = torch.where(close, (middle + 0.5) % 1, paint)
-    stripes = 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * along(r[15], size))[:, None]
-    cover = (0.5 + inside).clamp(0, 1)[:, None]
-    return picture * (1 - cover) + (paint + stripes) * cover
-
-
-def draw_shape(outline, numbers, size):
-    """A shape of SHAPES, drawn by each row of Drawn.numbers (k, 20): (k, 3, size, size) uint8."""
-    r = numbers.T[:, :, None, None]  # (20, k, 1, 1)
-    inside = inside_of(outline, r, 0.62 + 0.28 * r[0], size)
-    picture = painted(*ground(r, size), inside, r, size)
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-class Scenes:
-    """n generated scenes, each drawn when it is first asked for: one to four shapes on a ground.
-    images (n, 4, size, size) uint8: the fourth channel says which shape is seen, 0 the ground.
-    kinds (n, 4): the shapes' numbers in SHAPES.
-    """
-    device, dtype = torch.device("cpu"), torch.uint8
-
-    def __init__(self, n, size=96, seed=0):
-        generator = seeded(seed, n, size, 4)
+        self.numbers[..., 1] = 2 ** (0.5 * self.numbers[..., 1] - 0.25)
         self.shape = (n, 3, size, size)
-        self.counts = torch.randint(1, 5, (n,), generator=generator)
-        self.kinds = torch.randint(len(SHAPES), (n, 4), generator=generator)
-        self.numbers = torch.rand(n, 4, 20, generator=generator)
-        self.numbers[:, :, 1] = 2 ** (0.5 * self.numbers[:, :, 1] - 0.25)
-        self.images = torch.empty(n, 4, size, size, dtype=torch.uint8)
+        self.images = torch.empty(n, channels, size, size, dtype=torch.uint8)
         self.done = torch.zeros(n, dtype=torch.bool)
+
+    def draw(self, rows):
+        for label, outline in enumerate(SHAPES.values()):
+            for few in rows[self.labels[rows] == label].split(50):  # they fit the cache
+                r = self.numbers[few].T[:, :, None, None]  # (20, k, 1, 1)
+                shape = outline, r, 0.62 + 0.28 * r[0]
+                self.images[few] = draw_shapes([shape], self.shape[2])[0]
 
     def drawn(self, rows):
-        """The images of these rows, with what is seen: (k, 4, size, size)."""
-        for i in rows[~self.done[rows]].tolist():
-            few = slice(self.counts[i])
-            picture, seen = draw_scene(self.numbers[i, few], self.kinds[i, few].tolist(),
-                                       self.shape[2])
-            self.images[i] = torch.cat([picture, seen[None]])
-        self.done[rows] = True
+        """The images of these rows, with all their channels."""
+        missing = rows[~self.done[rows]]
+        self.draw(missing)
+        self.done[missing] = True
         return self.images[rows]
 
     def __getitem__(self, rows):
         return self.drawn(rows)[:, :3]
 
 
-def built_in_scenes(train):
-    return Scenes(10000 if train else 500, seed=int(not train))
-
-
-def draw_scene(numbers, shapes, size):
-    """Shapes (their numbers in SHAPES) on one ground, later ones in front: (3, size, size) uint8,
-    and which of them is seen at each pixel, (size, size) uint8: 1 and on, 0 the ground.
+class Scenes(Drawn):
+    """n generated scenes of one to four shapes on a ground. images (n, 4, size, size) uint8: the
+    fourth channel says which shape is seen, 0 the ground. kinds (n, 4): their numbers in SHAPES.
     """
-    picture, middle = ground(numbers[:1].T[:, :, None, None], size)
-    seen = torch.zeros(size, size, dtype=torch.uint8)
-    for i, (row, shape) in enumerate(zip(numbers, shapes), 1):
-        r = row[:, None, None, None]
-        inside = inside_of([*SHAPES.values()][shape], r, 0.2 + 0.4 * r[0], size)
-        picture = painted(picture, middle, inside, r, size)
-        seen[inside[0] > 0] = i
-    return (picture[0].clamp(0, 1) * 255).round().to(torch.uint8), seen
+
+    def __init__(self, n, size=96, seed=0):
+        generator = seeded(seed, n, size, 4)
+        self.counts = torch.randint(1, 5, (n,), generator=generator)
+        self.kinds = torch.randint(len(SHAPES), (n, 4), generator=generator)
+        self.numbers = torch.rand(n, 4, 20, generator=generator)
+        self.labels = torch.zeros(n).long()
+        self.undrawn(n, 4, size)
+
+    def draw(self, rows):
+        outlines = [*SHAPES.values()]
+        for i in rows.tolist():
+            shapes = []
+            for kind, row in zip(self.kinds[i, :self.counts[i]], self.numbers[i]):
+                r = row[:, None, None, None]  # (20, 1, 1, 1)
+                shapes.append((outlines[kind], r, 0.2 + 0.4 * r[0]))
+            self.images[i] = torch.cat(draw_shapes(shapes, self.shape[2]), dim=1)[0]
+
+
+def built_in(data, train):
+    """The pictures of `shapes` or `scenes`."""
+    kind, many, few = (Scenes, 10000, 500) if data == "scenes" else (Drawn, 30000, 5000)
+    return kind(many if train else few, seed=int(not train))
+
+
+def draw_shapes(shapes, size):
+    """k pictures (k, 3, size, size) uint8 of shapes on a ground, later ones in front, and which is
+    seen at each pixel, (k, 1, size, size) uint8: 1 and on, 0 the ground. A shape: its outline,
+    random numbers r (20, k, 1, 1), its radius (k, 1, 1).
+    """
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+
+    def along(angle):  # the coordinate in a direction, in turns
+        angle = 2 * math.pi * angle
+        return axis * torch.cos(angle) + axis[:, None] * torch.sin(angle)
+
+    # the ground is a ramp between two colours
+    r = shapes[0][1]
+    near = r[5:8].movedim(0, 1)  # (k, 3, 1, 1)
+    far = (near + 0.5 * r[8:11].movedim(0, 1) - 0.25).clamp(0, 1)
+    ramp = (0.5 + along(r[14]) / 2.84)[:, None]
+    picture, middle = near * (1 - ramp) + far * ramp, (near + far) / 2
+    seen = torch.zeros(len(picture), 1, size, size, dtype=torch.uint8)
+
+    for number, (outline, r, radius) in enumerate(shapes, 1):
+        # how far each pixel is inside the shape, in pixels
+        aspect, turn = r[1], 2 * r[2] - 1
+        x = axis - (2 * r[3] - 1) * (1.05 - radius)
+        y = axis[:, None] - (2 * r[4] - 1) * (1.05 - radius)
+        u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+        inside = outline(u / radius * aspect, v / radius / aspect) * radius * size / 2
+        inside = inside[:, None]  # (k, 1, size, size)
+
+        # its colour, which shows on the middle of the ramp, and its stripes
+        paint = r[11:14].movedim(0, 1)
+        close = (paint - middle).abs().amax(1, keepdim=True) < 0.45
+        paint = torch.where(close, (middle + 0.5) % 1, paint)
+        stripes = 0.06 * torch.sin(math.pi * (6 + 10 * r[16]) * along(r[15]))[:, None]
+        cover = (0.5 + inside).clamp(0, 1)
+        picture = picture * (1 - cover) + (paint + stripes) * cover
+        seen[inside > 0] = number
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8), seen
 
 
 # --- What a run leaves ---
@@ -1153,8 +1116,8 @@ def write_config(args):
     write_text(args.out / "config.json", json.dumps(config, indent=1))
 
 
-# What may differ between a checkpoint and the command that goes on. The path of the data may, the
-# images not: their names are compared, as `contents`.
+# What may differ when a run goes on. The path of the data may, the images not: their names are
+# compared, as `contents`.
 MAY_CHANGE = ("out", "resume", "origin", "device", "workers", "amp", "micro_batch", "accum",
               "at_once", "save_every", "log_every", "compile", "download", "root", "data",
               "fitted")
@@ -1170,7 +1133,7 @@ def begin(args, process, state):
     check(len(set(gather(last.exists(), process))) == 1, f"not all processes see the same "
           f"{args.out}: --out must be one folder for all machines")
     check(mine or not last.exists(), f"{args.out} already holds a run: --resume goes on with it, "
-          "another --out keeps it, or delete it")
+          "another --out keeps it")
     if args.origin:
         old = models.read_weights(args.origin)
         check({*state, "step", "config", "recent"} <= {*old}, f"{args.origin} is no checkpoint of "
@@ -1180,8 +1143,8 @@ def begin(args, process, state):
         for name, value in now.items():
             before = then.get(name)
             check(name in MAY_CHANGE or before == value, f"{args.origin} was made with {name} "
-                  f"{before}, this command asks for {value}: give the same, or begin a longer or "
-                  f"other run in another --out with --weights {args.origin.parent}")
+                  f"{before}, this command asks for {value}: give the same, or begin another run "
+                  f"in another --out with --weights {args.origin.parent}")
         for name, part in state.items():
             if old[name]:  # a scaler's may be empty
                 part.load_state_dict(old[name])
@@ -1224,11 +1187,10 @@ def log(args, process, **line):
 
 @torch.no_grad()
 def recover(model, view, args, generator, amp, token=True):
-    """Views (B, C, V, V) damaged as in training, and recovered -> what degrade made of them, the
-    prediction (B, N, p p C), and the recovered pictures (B, C, V, V).
+    """Views (B, C, V, V), damaged as in training -> Degraded, the prediction (B, N, p p C), and the
+    recovered pictures (B, C, V, V). token False: without the mask token (A2 Fig. A3).
 
-    The mean and contrast of normalised patches are borrowed from the view. token False: without the
-    mask token (A2 Fig. A3).
+    The mean and contrast of normalised patches are borrowed from the view.
     """
     size, p, training = tuple(args.img_size), args.patch_size, model.training
     d = degrade.degrade(view, args.task, size, p, generator, **args.settings)
@@ -1292,8 +1254,7 @@ def leave(received, process):
 
 # What torch says, and what to do about it.
 WAYS_OUT = {
-    "out of memory": "fewer images at once (--accum, --batch_size), or a lower --img_size",
-    "not enough memory": "fewer images at once (--accum, --batch_size), or a lower --img_size",
+    "to allocate": "fewer images at once (--accum, --batch_size), or a lower --img_size",
     "shared memory": "/dev/shm is too small for the loaders: --workers 0, or docker's --shm-size",
     "C++ compiler": "leave out --compile",
 }

@@ -117,7 +117,9 @@ def test_built_in_pictures_are_the_same_however_they_are_asked_for():
     for i, outline in enumerate(P.SHAPES.values()):
         few = (whole.labels == i).nonzero()[:, 0]
         assert len(few) == 6
-        assert torch.equal(P.draw_shape(outline, whole.numbers[few], 24), pictures[few])
+        r = whole.numbers[few].T[:, :, None, None]
+        drawn, _ = P.draw_shapes([(outline, r, 0.62 + 0.28 * r[0])], 24)
+        assert torch.equal(drawn, pictures[few])
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (48, 48)])
@@ -779,7 +781,7 @@ def test_an_accident_shows_its_traceback(run, monkeypatch):
 
 def test_what_torch_cannot_do_gets_a_way_out(refused, monkeypatch):
     def full(*_):
-        raise RuntimeError("CUDA out of memory.\nMore")
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     monkeypatch.setattr(losses, "recovery_loss", full)
     assert "--accum" in refused(code=1)
 

@@ -116,9 +116,10 @@ def test_scenes():
     assert first.counts.unique().tolist() == [1, 2, 3, 4]
     for i in range(40):
         n = int(first.counts[i])
-        row, outline = first.numbers[i, n - 1], [*pretrain.SHAPES.values()][first.kinds[i, n - 1]]
-        inside = pretrain.inside_of(outline, row[:, None, None, None], 0.2 + 0.4 * row[0], 32)[0]
-        assert torch.equal(images[i, 3] == n, inside > 0)
+        r, outline = first.numbers[i, n - 1], [*pretrain.SHAPES.values()][first.kinds[i, n - 1]]
+        r = r[:, None, None, None]
+        _, seen = pretrain.draw_shapes([(outline, r, 0.2 + 0.4 * r[0])], 32)
+        assert torch.equal(images[i, 3] == n, seen[0, 0] == 1)
 
 
 def test_classes_are_read_and_scaled_with_their_images(ade):
