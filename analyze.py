@@ -41,7 +41,7 @@ CHOSEN, HIDDEN, PAIRS, CONTEXTS = range(200, 204)  # further streams of random n
 
 def main(argv=None):
     args = options(argv)
-    _, measure, panels, _, _ = NAMES[args.name]
+    _, measure, panels, _ = NAMES[args.name]
     process, file = pretrain.set_up(args.device), args.out / f"{args.name}.json"
     check(process.world == 1, f"one process, not {process.world}: start it with python")
     data = rows = None
@@ -50,10 +50,8 @@ def main(argv=None):
                 for label, path in zip(labels_of(args.runs), args.runs)]
     else:
         runs = open_runs(args)
-        labelled = args.name in ("occlusion", "interaction")
-        data = load_data(runs[0], process, "val", labelled)
-        check(args.images >= 0, f"--images {args.images}: 0 is all")
-        rows = choose_images(data, args.images or len(data), args.seed)
+        data = load_data(runs[0], process, "val", args.name in ("occlusion", "interaction"))
+        rows = choose_images(data, args.images, args.seed)
 
     # the runs whose numbers are there already
     names = ("runs", "out", "resume", "device", "workers", "root", "download", "rows")
@@ -87,10 +85,9 @@ def main(argv=None):
 
 
 def options(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = pretrain.Parser(description=(__doc__ or "").split("\n")[0])
     names = p.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, (about, measure, _, counts, paper) in NAMES.items():
+    for name, (about, measure, _, counts) in NAMES.items():
         q = names.add_parser(name, help=about, description=measure.__doc__)
         o = q.add_argument
         o("runs", nargs="+", metavar="RUN", help="a run's folder, a file of weights, or none")
@@ -103,20 +100,13 @@ def options(argv=None):
         o("--model", choices=models.MODELS, metavar="MODEL", help="of a file of weights alone")
         pretrain.first_options(o)
         finetune.encoder_options(o)
-        o("--paper", action="store_true", help="the papers' counts; linear layers fit all images")
-        for count, value in {**counts, **(paper if "--paper" in argv else {})}.items():
-            kind, text = (int, "0: all") if count == "images" else (positive_int, "each")
-            o(f"--{count}", type=kind, default=value, help=text)
+        for count, value in counts.items():
+            o(f"--{count}", type=positive_int, default=value, help="how many")
         if name == "reconstruct":
             o("--task", choices=degrade.TASKS, default="mask", help="of a file of weights alone")
             o("--decoder", help="of a file of weights alone; MAE's is 8x512x16")
             o("--norm_target", choices=("patch", "channel", "off"), help="likewise")
             o("--rows", type=positive_int, default=8, help="images shown of each run, two a row")
-        if name == "occlusion":
-            o("--fill", choices=("black", "mean"), default="black", help="of dropped patches: "
-              "black, as the tool that A2 used, or the data's mean colour")
-        if name == "interaction":
-            o("--distance", type=int, default=2, help="rows and columns between two patches")
         q.set_defaults(root=None, relative_positions=None)  # the run's
     return p.parse_args(argv)
 
@@ -129,15 +119,13 @@ RATIOS = (0.0, 0.05, *(r / 10 for r in range(1, 10)), 0.95, 1.0)
 
 def showing(images, visible, p, base):
     """Patches that are not `visible` (B, N) get the colour `base` (C,): (B, C, H, W)."""
-    pixels = degrade.patch_pixels(visible, p, [side // p for side in images.shape[2:]])
+    pixels = degrade.patch_pixels(visible, p, images.shape[2:])
     return torch.where(pixels, images, base.view(-1, 1, 1))
 
 
 def occlusion(classify, images, labels, p, base, ratios, repeats, generator):
     """How many images (B, C, H, W) are classified right with a share of their patches dropped
-    (A2 3.1): counts (ratios, repeats). Each image loses its own patches, and all lose the same
-    number. The ratio 0 is measured once.
-
+    (A2 3.1): counts (ratios, repeats). All lose the same number. The ratio 0 is measured once.
     # differs from the authors' tool: there all images of a batch lose the same patches.
     """
     grid = [side // p for side in images.shape[2:]]
@@ -160,8 +148,7 @@ def log_odds(scores, labels):
 
 def game(classify, image, label, p, base):
     """f of one image (1, C, H, W), label (1,), as a game of its patches: visible (k, N) bool ->
-    log-odds (k,). The patches outside the set get the colour `base` (C,). 512 forward passes go
-    together, or 4 million pixels.
+    log-odds (k,). The patches outside the set get the colour `base` (C,).
     """
     at_once = max(1, min(512, 2 ** 22 // math.prod(image.shape[2:])))
 
@@ -175,9 +162,7 @@ def game(classify, image, label, p, base):
 
 
 def near_pairs(grid, distance=2):
-    """Every pair of patches at most `distance` rows and columns from each other, each once:
-    (pairs, 2) int64.
-    """
+    """Pairs of patches at most `distance` rows and columns apart, each once: (pairs, 2) int64."""
     axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
     rows, columns = (x.flatten() for x in axes)
     apart = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
@@ -244,12 +229,9 @@ def share_between(x, J, low, high):
 
 
 def log_amplitude(maps):
-    """Log amplitude of the spectrum of feature maps (B, C, h, w) along its diagonal, from
-    frequency 0 to the highest, less that at 0, averaged over channels (A2 B.3): (B, n + 1),
-    n = min(h, w) // 2. The frequencies are k / n of the highest, which is pi for even sides and
-    pi (h - 1) / h for odd ones. White noise has 0, but +.35 at what is not real (odd sides, the
-    middle).
-
+    """Log amplitude of the spectrum of feature maps (B, C, h, w) along its diagonal, less that at
+    frequency 0, averaged over channels (A2 B.3): (B, n + 1), n = min(h, w) // 2. The frequencies
+    are k / n of the highest. White noise has 0, but +.35 at what is not real (odd sides, middle).
     # differs from the authors' tool: it leaves out the highest frequency of even sides.
     """
     h, w = maps.shape[2:]
@@ -269,9 +251,8 @@ def spatial_variance(maps):
 
 
 def feature_maps(model, images, look):
-    """[look(map (B, C, h, w)) of each layer, first to last]. A ViT's maps are its patch tokens on
-    their grid, behind each attention and each MLP. A ResNet's are those of its stem, its pooling
-    and each block.
+    """[look(map (B, C, h, w)) of each layer, first to last]: of a ViT's patch tokens behind each
+    attention and each MLP, of a ResNet's stem, pooling and blocks.
     """
     inputs, outputs = model.watched
     found = []
@@ -282,11 +263,9 @@ def feature_maps(model, images, look):
 
     handles = [x.register_forward_pre_hook(lambda _, z: keep(z[0])) for x in inputs]
     handles += [x.register_forward_hook(lambda _, __, z: keep(z)) for x in outputs]
-    try:
-        model.encode(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    model.encode(images)
+    for handle in handles:
+        handle.remove()
     return found
 
 
@@ -346,9 +325,9 @@ def shown(run, data, rows, chunk, process):
     pretrain.refuse_bad(data, len(data.bad), process)
 
 
-def mean_colour(data, run, seed, process):
+def mean_colour(data, run, process):
     """The mean of each channel over 1,000 images of the set, all if there are fewer: (C,)."""
-    views = shown(run, data, choose_images(data, 1000, seed), 250, process)
+    views = shown(run, data, choose_images(data, 1000, run.seed), 250, process)
     return torch.cat([view.mean((2, 3)) for view, _, _ in views]).mean(0)
 
 
@@ -366,8 +345,7 @@ def classifier(run, val, process, amp):
         encoder = probe.load_model(run, run.held, val.channels, process)
         train = load_data(run, process, "train", labelled=True)
         check(train.classes == val.classes, f"{run.data}: train and val have other classes")
-        if not run.paper:
-            train = train.keep(choose_images(train, FIT, run.seed))
+        train = train.keep(choose_images(train, FIT, run.seed))
         features, labels, _ = probe.all_features(encoder, train, run, process, amp)
         with torch.inference_mode(False), torch.enable_grad():
             head = probe.linear_probe(features.clone(), labels.clone(), classes, encoder.tokens,
@@ -442,9 +420,8 @@ def of_maps(run, data, rows, process, value):
     layers = [torch.cat(parts).double() for parts in zip(*found)]  # (n, values)
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
     errors = [(x.var(0, correction=0) / max(len(x) - 1, 1)).sqrt().tolist() for x in layers]
-    blocks = [len(stage) for stage in model.stages]
-    each = len(layers) // sum(blocks)  # maps a block; a ResNet's stem and pooling come before them
-    starts = np.cumsum([len(layers) - each * sum(blocks), *(each * n for n in blocks[:-1])])
+    blocks = [len(stage) for stage in model.stages]  # where there are several, a map each, last
+    starts = len(layers) - np.cumsum(blocks[::-1])[::-1]
     return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors,
                 stages=((starts + 0.5) / len(layers)).tolist() if len(blocks) > 1 else [])
 
@@ -454,9 +431,9 @@ def by_depth(found):
     for the frequencies, has nothing but 0, and is left out.
     """
     for label, r in found.items():
-        depth = [(i + 1) / len(r["mean"]) for i in range(len(r["mean"]))]
+        L = len(r["mean"])
+        depth = [i / L for i in range(1, L + 1)]
         layers = [x for x in zip(depth, r["mean"], r["error"]) if any(x[1])]
-        check(layers, f"{label}: its maps are too small for this: choose a larger --img_size")
         yield label, *map(list, zip(*layers))
 
 
@@ -472,7 +449,7 @@ def fourier(run, data, rows, process):
     training (ResNet-50, Fig. 3a).
     """
     r = of_maps(run, data, rows, process, log_amplitude)
-    return dict(r, last=r["mean"][-1][-1], mean_over_layers=np.mean([m[-1] for m in r["mean"]]))
+    return dict(r, last=r["mean"][-1][-1])
 
 
 def fourier_panels(found):
@@ -510,9 +487,7 @@ def occlude(run, data, rows, process):
     """
     ratios, p = RATIOS[:-1], run.patch_size
     classify, kind = classifier(run, data, process, precision(run, process.device))
-    base = torch.zeros(data.channels, device=process.device)
-    if run.fill == "mean":
-        base = mean_colour(data, run, run.seed, process)
+    base = torch.zeros(data.channels, device=process.device)  # as the tool that A2 used
     hits, images = 0, 0
     for view, labels, first in shown(run, data, rows, 128, process):
         hits = hits + occlusion(classify, view, labels, p, base, ratios, run.repeats,
@@ -521,10 +496,8 @@ def occlude(run, data, rows, process):
     top1 = 100 * hits / images  # (ratios, repeats)
     grid = [side // p for side in run.img_size]
     share = [int(degrade.random_mask(1, grid, r).sum()) / math.prod(grid) for r in ratios]
-    half = min(range(len(share)), key=lambda i: abs(share[i] - 0.5))
     return dict(classifier=kind, images=images, dropped=share, top1=top1.tolist(),
                 mean=top1.mean(1).tolist(), intact=top1[0].mean().item(),
-                half_dropped=top1[half].mean().item(),
                 deviation=top1.std(1).tolist() if run.repeats > 1 else None)
 
 
@@ -541,14 +514,13 @@ def interact(run, data, rows, process):
     its area there. Few contexts are noise, which lifts the orders between the ends.
     """
     grid, p = [side // run.patch_size for side in run.img_size], run.patch_size
-    n, near = math.prod(grid), near_pairs(grid, run.distance)
-    check(n > 2 and len(near), f"--distance {run.distance}: {grid} patches have no such pairs")
+    n, near = math.prod(grid), near_pairs(grid)
+    check(n > 2, f"--img_size: {n} patches have no pair among others")
     check(run.contexts > 1, "--contexts 1: one set has no standard error")
-    amp = None  # a difference of four scores: bf16 rounds it away
-    if run.amp != "auto":
-        amp = precision(run, process.device)
+    # a difference of four scores: bf16 rounds it away
+    amp = None if run.amp == "auto" else precision(run, process.device)
     classify, kind = classifier(run, data, process, amp)
-    base, parts = mean_colour(data, run, run.seed, process), []
+    base, parts = mean_colour(data, run, process), []
     orders = sorted({round(r * (n - 2)) for r in RATIOS})
     for view, label, first in shown(run, data, rows, 1, process):  # one image
         chosen = torch.randperm(len(near), generator=seeded(run.seed, PAIRS, first))[:run.pairs]
@@ -560,7 +532,7 @@ def interact(run, data, rows, process):
     x, noise = [m / (n - 2) for m in orders], error.mean(0) / strength.mean(0).clamp(min=1e-12)
     return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(),
                 J_error=J_error, strength=strength.mean(0).tolist(),
-                context_error=error.mean(0).tolist(), strength_of_image=strength.tolist(),
+                context_error=error.mean(0).tolist(),
                 share_05_to_50=share_between(x, J, 0.05, 0.5),
                 share_10_to_55=share_between(x, J, 0.1, 0.55), noise=noise.max().item())
 
@@ -578,15 +550,14 @@ def recovery_of(run, data, process):
     """
     config = (run.held or {}).get("config") or {}
     check("settings" in config or not config and run.held, f"{run.weights} recovers no image")
+    c = argparse.Namespace(**config)
     if not config:
-        names = "task", "data", "model", "img_size", "patch_size", "decoder", "norm_target"
-        given = {name: getattr(run, name, None) for name in names}
-        given["img_size"] = " ".join(map(str, run.img_size))
-        argv = [x for k, v in given.items() if v for x in (f"--{k}", *str(v).split())]
+        argv = ["--img_size", *map(str, run.img_size)]
+        for name in ("task", "data", "model", "patch_size", "decoder", "norm_target"):
+            if name in run:
+                argv += [f"--{name}", str(vars(run)[name])]
         c = pretrain.options(argv)
         pretrain.settle(c, process, data)
-        config = vars(c)
-    c = argparse.Namespace(**config)
     check(run.img_size == [*c.img_size], f"--img_size: {run.weights} recovers {c.img_size} pixels")
     model = models.recovery_model(c.model, c.img_size, c.patch_size, data.channels, c.token_at,
                                   c.token_how, c.decoder, c.relative_positions)
@@ -604,7 +575,6 @@ def reconstruct(run, data, rows, process):
     (BM Fig. 3). A good recovery does not make good features (A2 3.3). The errors of tasks that
     normalise or hide differently do not compare.
     """
-    check(run.rows > 1, "--rows 1: images are shown two a row")
     c, model = recovery_of(run, data, process)
     amp, size, p = precision(run, process.device), tuple(c.img_size), c.patch_size
     inside = c.token_at not in ("decoder", "none")  # there is a token to leave out
@@ -612,8 +582,8 @@ def reconstruct(run, data, rows, process):
     for view, _, first in shown(run, data, rows, 50, process):
         images += len(view)
         for i, token in enumerate((True, False)[:1 + inside]):
-            generator = seeded(run.seed, PICTURE, first)
-            d, prediction, picture = pretrain.recover(model, view, c, generator, amp, token)
+            d, prediction, picture = pretrain.recover(
+                model, view, c, seeded(run.seed, PICTURE, first), amp, token)
             error = losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted,
                                          c.norm_target, c.band_weight)
             sums[i] += len(view) * error.item()
@@ -621,7 +591,8 @@ def reconstruct(run, data, rows, process):
                 error = degrade.paste_visible(picture, d, p).clamp(0, 1) - d.target
                 sums[2] += len(view) * error.square().mean().item()
 
-    view = next(data.plain(rows[:run.rows // 2 * 2], run.rows, tuple(c.view), process.device))[0]
+    few = rows[:run.rows + run.rows % 2]
+    view = next(data.plain(few, len(few), tuple(c.view), process.device))[0]
     c.seed = run.seed
     run.picture = pretrain.recovery_sheet(model, view, c, amp)
     mse, without, pixels = (sums / images).tolist()
@@ -673,19 +644,20 @@ def curve_panels(found):
     return [panel for panel in panels if panel["lines"]]
 
 
-# What it does, its measure and panels, its counts, and those of --paper (0: all images).
+# What it does, its measure and panels, its counts. A2 measures all images, and interactions of 500,
+# of each 50 pairs in 50 contexts.
 NAMES = {
     "reconstruct": ("pictures recovered and their mean squared error", reconstruct, None,
-                    dict(images=100), {}),
-    "curves": ("loss and accuracy against epochs", curve, curve_panels, {}, {}),
+                    dict(images=100)),
+    "curves": ("loss and accuracy against epochs", curve, curve_panels, {}),
     "occlusion": ("top-1 against the share of patches dropped", occlude, occlude_panels,
-                  dict(images=500, repeats=5), dict(images=0, repeats=5)),
+                  dict(images=500, repeats=5)),
     "interaction": ("strength of interactions by order", interact, interact_panels,
-                    dict(images=16, pairs=8, contexts=6), dict(images=500, pairs=50, contexts=50)),
+                    dict(images=16, pairs=8, contexts=6)),
     "fourier": ("high frequencies in the feature maps by depth", fourier, fourier_panels,
-                dict(images=256), dict(images=0)),
+                dict(images=256)),
     "variance": ("spatial variance of the feature maps by depth", variance, variance_panels,
-                 dict(images=256), dict(images=0)),
+                 dict(images=256)),
 }
 
 

@@ -12,12 +12,12 @@ float32 batch, on any device.
 B batch, C channels, S model input size, V view size (>= S), p patch size, N = (S/p)^2 patches.
 hidden (B, N) bool: True = the encoder does not see this patch. Images are RGB (or N channels) in
 [0, 1]. Random functions take a torch.Generator, on the CPU, so that every device gets the same
-numbers, and `within` = (first, total): the batch is rows first .. first + B of a batch of `total`.
-The numbers are those of the whole batch, so the result does not depend on how it is shared out
-among processes. None: the batch is the whole.
+numbers, and `within` = (first, total): the batch is rows first .. first + B of a whole of `total`.
+The numbers are the whole's, however it is shared out among processes. None: the batch is the whole.
 """
 import argparse
 import ast
+import functools
 import inspect
 import math
 from typing import Callable, NamedTuple
@@ -31,11 +31,10 @@ def pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def random_numbers(batch, *shape, generator=None, within=None, normal=False):
-    """Uniform numbers in [0, 1), or standard normal ones: (batch, *shape)."""
+def random_numbers(batch, *shape, generator=None, within=None, draw=torch.rand):
+    """Uniform numbers in [0, 1), or those of another `draw`: (batch, *shape)."""
     first, total = within or (0, batch)
-    numbers = (torch.randn if normal else torch.rand)(total, *shape, generator=generator)
-    return numbers[first:first + batch]
+    return draw(total, *shape, generator=generator)[first:first + batch]
 
 
 def call(function, values, *first):
@@ -47,9 +46,7 @@ def call(function, values, *first):
 # --- (m) Which patches are hidden ---
 
 def cells_of(grid, ratio, unit):
-    """Rows and columns of mask cells, and how many stay visible: floor(cells (1 - ratio)) as in
-    MAE, one at least.
-    """
+    """Rows, columns of mask cells; how many are visible: floor(cells (1 - ratio)) as MAE, or 1."""
     rows, columns = pair(grid)
     if unit < 1 or rows % unit or columns % unit:
         raise ValueError(f"mask cells of {unit} patches do not tile {rows}x{columns} patches")
@@ -68,7 +65,7 @@ def random_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=
     """Random cells are hidden, the same number in every row: (batch, N) bool. BM 4.1 (m), 'random'.
 
     grid: patches per side, int or (rows, columns). ratio in [0, 1). unit: patches a mask cell spans
-    per side (A2 masks 32 px cells over 16 px patches: 2). unit must divide the grid.
+    per side (A2 masks 32 px cells over 16 px patches: 2).
     """
     rows, columns, visible = cells_of(grid, ratio, unit)
     numbers = random_numbers(batch, rows * columns, generator=generator, within=within)
@@ -76,12 +73,15 @@ def random_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=
     return patches_of(rank >= visible, unit).to(device)
 
 
-def region(batch, rows, columns, count, generator, within):
-    """One contiguous region of `count` cells in each image: (batch, rows, columns) bool.
+def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None, hole=False):
+    """One region stays visible, BM 4.1 (m), 'block'; or (hole) is hidden, A2's inpainting:
+    (batch, N) bool. Arguments: random_mask's.
 
     It is a rectangle of random place and aspect (1/2 .. 2). Its last column is cut short where the
     exact number asks for it.
     """
+    rows, columns, visible = cells_of(grid, ratio, unit)
+    count = rows * columns - visible if hole else visible
     u = random_numbers(batch, 4, generator=generator, within=within)[:, :, None, None]
     height = (count ** 0.5 * 2 ** (u[:, 0] - 0.5)).round()
     height = height.clamp(max(1, math.ceil(count / columns)), max(1, min(rows, count)))
@@ -90,20 +90,8 @@ def region(batch, rows, columns, count, generator, within):
     c = torch.arange(columns) - (u[:, 2] * (columns - width + 1)).floor()  # (B, 1, c)
     inside = (r >= 0) & (r < height) & (c >= 0) & (c * height + r < count)
     # turned round in half of the images: otherwise the cut would be at the same corner in all
-    return torch.where(u[:, 3] < 0.5, inside, inside.flip(1, 2))
-
-
-def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
-    """One region stays visible: (batch, N) bool. BM 4.1 (m), 'block'. Arguments: random_mask's."""
-    rows, columns, visible = cells_of(grid, ratio, unit)
-    return patches_of(~region(batch, rows, columns, visible, generator, within), unit).to(device)
-
-
-def hole_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
-    """One region is hidden: (batch, N) bool. A2's inpainting. Arguments: random_mask's."""
-    rows, columns, visible = cells_of(grid, ratio, unit)
-    count = rows * columns - visible
-    return patches_of(region(batch, rows, columns, count, generator, within), unit).to(device)
+    inside = torch.where(u[:, 3] < 0.5, inside, inside.flip(1, 2))
+    return patches_of(inside == hole, unit).to(device)
 
 
 def center_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
@@ -120,12 +108,14 @@ def center_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=
 
 # A mask function is given what it has parameters for: batch, grid, ratio, unit, generator, within,
 # and images (B, C, S, S) and patch_size, if it is to look at what it hides.
-MASKS = {"random": random_mask, "block": block_mask, "hole": hole_mask, "center": center_mask}
+MASKS = {"random": random_mask, "block": block_mask,
+         "hole": functools.partial(block_mask, hole=True), "center": center_mask}
 
 
-def patch_pixels(patches, p, grid):
-    """(B, N) bool of patches -> (B, 1, H, W) bool of pixels."""
-    return patches.view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
+def patch_pixels(patches, p, size):
+    """(B, N) bool of patches -> (B, 1, H, W) bool of pixels. size: (H, W)."""
+    patches = patches.view(-1, 1, size[0] // p, size[1] // p)
+    return patches.repeat_interleave(p, 2).repeat_interleave(p, 3)
 
 
 # What the models' normalisation takes to zero: ImageNet's mean colour, 0.45 for other channels.
@@ -134,17 +124,17 @@ FILLS = ("mean", "zero", "token")
 
 
 def fill_hidden(images, hidden, p, fill="mean"):
-    """Hidden patches (B, N) filled with one colour, the others untouched: (B, C, H, W). A2 4.
+    """Hidden patches (B, N) filled with one colour: (B, C, H, W). A2 4.
 
-    "mean": the image's own mean over all its pixels, visible and hidden, for each channel. "zero":
-    what is zero after normalisation. "token": the same; the model puts its mask token there.
+    "mean": the image's own mean over all its pixels, visible and hidden. "zero": what is zero after
+    normalisation. "token": the same; the model puts its mask token there.
     # differs from the authors' code: one of its two paths fills the visible patches instead.
     """
-    C, H, W = images.shape[1:]
+    C = images.shape[1]
     color = images.mean((2, 3), keepdim=True)
     if fill != "mean":
         color = torch.tensor(ZERO if C == 3 else [0.45] * C, device=images.device).view(C, 1, 1)
-    return torch.where(patch_pixels(hidden, p, (H // p, W // p)), color, images)
+    return torch.where(patch_pixels(hidden, p, images.shape[2:]), color, images)
 
 
 # --- Resampling ---
@@ -226,8 +216,8 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
 
 
 def others_patches(images, p, generator, within):
-    """Each p x p patch from another image: (B, C, H, W). It is one of the other three of four
-    neighbours in the batch, so that it does not matter how that is split, into fours.
+    """Each p x p patch from another image: (B, C, H, W). It is one of the three others of four
+    neighbours in the batch, which may be split into fours.
     """
     B, _, H, W = images.shape
     if B < 2 or within and B < within[1] and B % 4:
@@ -259,15 +249,15 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=
     heights = torch.tensor([96.0, 128.0, 160.0, 192.0])[(u[:, 0] * 4).long()] * H / 224
     if zoom_size != "rand":
         heights = torch.full((B,), float(zoom_size or H * 160 / 224))
-    others = None
+    around = images.new_zeros(B, 1, 1, 1)  # black
     if zoom_fill == "other":
-        others = others_patches(images, patch_size, generator, within)
+        around = others_patches(images, patch_size, generator, within)
 
     canvas = torch.empty_like(images)
     for height in heights.round().unique().tolist():
         rows = (heights.round() == height).nonzero()[:, 0]
         h, w = at_height(height, (H, W))
-        small = scaled(images[rows.to(images.device)], (h, w))  # (b, C, h, w)
+        small = scaled(images[rows], (h, w))  # (b, C, h, w)
         # where each canvas row and column is in the small picture, and its mirror image inside
         y = torch.arange(H) - (u[rows, 1] * (H - h + 1)).floor().long()[:, None]  # (b, H)
         x = torch.arange(W) - (u[rows, 2] * (W - w + 1)).floor().long()[:, None]  # (b, W)
@@ -277,11 +267,9 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=
         out = small.flatten(2).gather(2, index.expand(-1, C, -1)).view(-1, C, H, W)
         if zoom_fill == "none":
             out = scaled(small, (H, W))
-        elif zoom_fill == "black":
-            out = out * inside.to(images.device)
-        elif zoom_fill == "other":
-            out = torch.where(inside.to(images.device), out, others[rows.to(images.device)])
-        canvas[rows.to(images.device)] = out
+        elif zoom_fill != "mirror":
+            out = torch.where(inside.to(images.device), out, around[rows])
+        canvas[rows] = out
     return canvas
 
 
@@ -295,8 +283,6 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
     # differs from the authors' code: there t is .15 to .25, and zeros are around the picture.
     """
     B, _, H, W = images.shape
-    if not 0 <= twist[0] <= twist[1] <= 1:
-        raise ValueError(f"twist {twist[0]} {twist[1]} is not 0 <= smallest <= largest <= 1")
     u = random_numbers(B, 3, generator=generator, within=within).to(images.device)
     c = 2 * u[:, None, None, :2] - 1
     t = (twist[0] + (twist[1] - twist[0]) * u[:, 2]).view(B, 1, 1, 1)
@@ -346,7 +332,7 @@ def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None)
     sides = torch.full((B,), float(k))
     if blur_kernel == "rand":
         sides = 5 + 2 * (random_numbers(B, generator=generator, within=within) * 4).floor()
-    noise = random_numbers(B, C, k, k, generator=generator, within=within, normal=True)
+    noise = random_numbers(B, C, k, k, generator=generator, within=within, draw=torch.randn)
     near = (torch.arange(k) - k // 2).abs() <= (sides[:, None] - 1) / 2  # (B, k): inside
     sides = sides.view(B, 1, 1, 1)
     kernel = 1 / sides ** 2 + 0.02 * noise
@@ -361,8 +347,8 @@ def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None)
 def desaturate(images, saturation=0.3):
     """(e) Saturation, in HSV, times a number in [0, 1]: (B, C, H, W). BM 4.1. 0: grey.
 
-    In HSV the value is max(R, G, B) and a channel value * (1 - S * something of the hue), so
-    scaling S moves every channel towards the value.
+    In HSV a channel is max(R, G, B) * (1 - S * something of the hue): scaling S moves it towards
+    the maximum.
     # differs from the authors' code: it weighs the channels at random.
     """
     if not 0 <= saturation <= 1:
@@ -376,18 +362,16 @@ def desaturate(images, saturation=0.3):
 class Task(NamedTuple):
     """picture: images in, images out. Its keyword arguments are options, but for GIVEN.
 
-    zoom: V / S, how much larger the view is than the input. target: the "view" (brought to S), its
-    "center" (S x S) or the "whole" of it at V (a centre and a band term). compare: "hidden" patches
-    or "all". The rest are defaults: what fills the hidden patches (None: the encoder drops them),
-    where the mask token enters, the distance, the target's normalisation, the weight of the
-    frequency loss, and whose training recipe it is.
+    zoom: V / S, how much larger the view is than the input. target(view, size): the view at S, its
+    centre, or all of it at V (a centre and a band term). compare: "hidden" patches or "all". fill
+    None: the encoder drops hidden patches. paper: whose training recipe it is. The rest are
+    defaults of options.
     """
     picture: Callable
-    about: str
     mask_ratio: float = 0.0
     mask_unit: int = 1
     zoom: float = 1.0
-    target: str = "view"
+    target: Callable = scaled
     compare: str = "all"
     fill: str | None = None
     token_at: str = "decoder"
@@ -398,24 +382,21 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "mask": Task(unchanged, "(m) random patches are hidden", 0.75, compare="hidden"),
+    "mask": Task(unchanged, 0.75, compare="hidden"),  # (m)
     # differs from the authors' code: it also masks 75% in (a) and (b). The paper masks nothing.
-    "zoom_in": Task(zoom_in, "(a) the centre fills the canvas"),
-    "zoom_out": Task(zoom_out, "(b) shrunk, put somewhere, mirrored around"),
-    "distort": Task(distort, "(c) fisheye about a random centre", target="center"),
-    "blur": Task(blur, "(d) random 9x9 kernel on each channel"),
-    "decolor": Task(desaturate, "(e) saturation x 0.3"),
+    "zoom_in": Task(zoom_in),
+    "zoom_out": Task(zoom_out),
+    "distort": Task(distort, target=center_crop),
+    "blur": Task(blur),
+    "decolor": Task(desaturate),
+    # (m)+(a): the masked centre of a larger view; all of the view is recovered.
     # differs from the authors' code: its views are 288 pixels.
-    "zoom_in_mask": Task(
-        center_crop, "(m)+(a) the masked centre of a larger view; all of the view is recovered",
-        0.75, zoom=320 / 224, target="whole", compare="hidden"),
-    "simmim": Task(
-        unchanged, "hidden cells replaced by the mask token at the input", 0.6, 2, compare="hidden",
-        fill="token", token_at="input", loss="l1", norm_target="off", paper="A2"),
-    "a2mim": Task(
-        unchanged, "hidden cells filled with the mean colour, mask token added in the middle", 0.6,
-        2, compare="hidden", fill="mean", token_at="middle", loss="l1", norm_target="off",
-        freq_weight=0.5, paper="A2"),
+    "zoom_in_mask": Task(center_crop, 0.75, zoom=320 / 224, target=lambda view, size: view,
+                         compare="hidden"),
+    "simmim": Task(unchanged, 0.6, 2, compare="hidden", fill="token", token_at="input", loss="l1",
+                   norm_target="off", paper="A2"),
+    "a2mim": Task(unchanged, 0.6, 2, compare="hidden", fill="mean", token_at="middle", loss="l1",
+                  norm_target="off", freq_weight=0.5, paper="A2"),
 }
 
 # What `degrade` gives to a picture function that has a parameter for it. The others are options.
@@ -424,14 +405,6 @@ GIVEN = ("size", "patch_size", "generator", "within")
 
 def number_or_rand(text):
     return text if text == "rand" else int(text)
-
-
-def literal(text):
-    """What an option's text says in Python: True, None, 3, 0.5. Any other text is itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 # How the command line reads a setting, and what it means. One that is not here needs no entry.
@@ -457,8 +430,6 @@ SETTINGS = {
 
 def task_settings(name):
     """The settings a task takes and their defaults: {name: value}."""
-    if name not in TASKS:
-        raise ValueError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
     row = TASKS[name]
     shared = dict(mask_ratio=row.mask_ratio, mask_unit=row.mask_unit, mask_kind="random",
                   fill=row.fill, view_size=None)
@@ -470,8 +441,8 @@ def option(name, default):
     """The arguments of argparse's add_argument for a setting."""
     several = isinstance(default, tuple)
     one = default[0] if several else default
-    plain = one is not None and not isinstance(one, bool)
-    kind, text = SETTINGS.get(name, (type(one) if plain else literal, "a setting of this task"))
+    kind = ast.literal_eval if one is None or isinstance(one, bool) else type(one)
+    kind, text = SETTINGS.get(name, (kind, "a setting of this task"))
     how = dict(type=kind) if callable(kind) else dict(choices=kind)
     if isinstance(one, bool):
         how.update(choices=(True, False))
@@ -494,7 +465,7 @@ class Degraded(NamedTuple):
     """What a task makes of a view."""
     inputs: torch.Tensor  # (B, C, S, S) what the encoder is given
     hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder; None = none
-    target: torch.Tensor  # (B, C, S, S), or (B, C, V, V) for a "whole" target
+    target: torch.Tensor  # (B, C, S, S), or (B, C, V, V) where it is all of the view
     counted: torch.Tensor | None  # (B, N) bool, the patches that are compared; None = all
     filled: bool = False  # True: hidden patches hold a fill. False: the encoder drops them
 
@@ -537,9 +508,7 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         inputs = fill_hidden(inputs, hidden, patch_size, values["fill"])
 
     # what is to be recovered
-    target = view
-    if row.target != "whole":
-        target = (center_crop if row.target == "center" else scaled)(view, size)
+    target = row.target(view, size)
     return Degraded(inputs, hidden, target, hidden if row.compare == "hidden" else None, filled)
 
 
@@ -549,18 +518,16 @@ def read_image(path):
     """An image file as RGB, upright (EXIF): (3, H, W) uint8. 16 bits of grey are scaled to 8.
 
     ValueError where the range of its values is not known: floats, 32 bits, 12 bits or fewer in 16.
-    (14 in 16 look like a dark picture, and of 16-bit colours Pillow takes the upper 8.)
     """
     import numpy
     from PIL import Image, ImageOps  # comes with torchvision
     with Image.open(path) as image:
-        deep = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
-        pixels = numpy.array(image) if deep else None
-        wide = image.mode in ("F", "I") and not deep
-        if wide or deep and 0 < pixels.max() < 4096:
-            raise ValueError(f"the range of its {image.mode} values is not known: save 8 bits, or "
-                             "16 that reach 65535")
-        if deep:
+        if image.mode[0] in "IF":
+            pixels = numpy.array(image)
+            wide = image.mode == "F" or image.mode == "I" and image.format != "PNG"
+            if wide or 0 < pixels.max() < 4096:
+                raise ValueError(f"the range of its {image.mode} values is not known: save 8 bits, "
+                                 "or 16 that reach 65535")
             pixels = Image.fromarray((pixels / 257).astype(numpy.uint8))
             pixels.info = image.info
             image = pixels
@@ -579,8 +546,7 @@ def seen(d, p):
     """What the encoder sees of Degraded `d`, within the target. Dropped patches are grey."""
     picture = d.inputs
     if d.hidden is not None and not d.filled:
-        grid = [side // p for side in picture.shape[2:]]
-        picture = torch.where(patch_pixels(d.hidden, p, grid), 0.5, picture)
+        picture = torch.where(patch_pixels(d.hidden, p, picture.shape[2:]), 0.5, picture)
     return onto(torch.full_like(d.target, 0.5), picture)
 
 
@@ -589,7 +555,7 @@ def paste_visible(recovered, d, p):
     if d.counted is None:
         return recovered
     size = tuple(d.inputs.shape[2:])
-    pixels = patch_pixels(d.counted, p, [side // p for side in size])
+    pixels = patch_pixels(d.counted, p, size)
     return onto(recovered, torch.where(pixels, center_crop(recovered, size), d.inputs))
 
 

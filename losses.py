@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Distances in pixels, of the error (prediction - target). Every task takes any of them.
+# Distances in pixels, of the error prediction - target. Every task takes any of them.
 PIXEL_LOSS = {
     "mse": torch.square,  # L_MSE, BM section 3.1
     "l1": torch.abs,  # L_spa, A2 eq. 6; SimMIM's
@@ -26,10 +26,9 @@ def patchify(images, p):
 
 def unpatchify(patches, p, grid):
     """(B, N, p p C) -> (B, C, H, W), the inverse of patchify. grid: (H / p, W / p)."""
-    B = patches.shape[0]
     gh, gw = grid
-    x = patches.reshape(B, gh, gw, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, gh * p, gw * p)
+    x = patches.reshape(len(patches), gh, gw, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, gh * p, gw * p)
 
 
 def patch_statistics(patches, norm="patch", channels=3):
@@ -56,23 +55,20 @@ def normalize_patches(patches, norm="patch", channels=3):
 
 
 @functools.lru_cache
-def area_matrix(n, m, dtype, device):
+def area_matrix(n, m, device):
     """Box averages from n to m pixels repeat every n / g pixels: the matrix of one period,
-    (n / g, m / g), and g. Of the shortest two are taken together where they pair up: 14 x 20 for
-    224 -> 320 is faster than 7 x 10.
+    (n / g, m / g), and g. Two periods at once, where they pair up, are faster.
     """
     g = math.gcd(n, m)
     g = g // 2 if g % 2 == 0 else g
     with torch.inference_mode(False):  # it is kept, and serves in training too
-        eye = torch.eye(n // g, dtype=dtype, device=device)
+        eye = torch.eye(n // g, device=device)
         return F.interpolate(eye[None], m // g, mode="area")[0], g
 
 
 def resize_area(images, size):
     """(B, C, H, W) -> (B, C, *size), F.interpolate's "area" (BM A.2) as two matrix products."""
-    if images.shape[2:] == tuple(size):
-        return images
-    (rows, gh), (columns, gw) = (area_matrix(n, m, images.dtype, images.device)
+    (rows, gh), (columns, gw) = (area_matrix(n, m, images.device)
                                  for n, m in zip(images.shape[2:], size))
     images = (images.unflatten(3, (gw, -1)) @ columns).flatten(3)  # (B, C, H, w)
     return (rows.T @ images.unflatten(2, (gh, -1))).flatten(2, 3)  # (B, C, h, w)
@@ -102,8 +98,7 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
     images (B, C, H, W), their channels and frequencies.
 
     dF: the spectrum of [prediction where counted, *detached* prediction elsewhere] minus the
-    target's, orthonormal, so that |dF|^2 is of the size of a pixel's square error. A spectrum is of
-    the whole picture: visible pixels take part in it, and detached they are not trained by it.
+    target's, orthonormal: |dF|^2 is of the size of a pixel's square error.
     counted: (B or 1, 1, H, W) bool, None = all pixels. alpha 0: omega is 1 (A2 Table 5).
     # differs from the authors' code: theirs averages spectra over the batch (batch_mean), where
     # errors of its images cancel, blends half of the target into the visible pixels, and weighs by
@@ -121,7 +116,7 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
         real *= frequency_weight(real[..., 0] ** 2 + real[..., 1] ** 2, alpha)[..., None]
         G = torch.fft.irfft2(spectrum, s=error.shape[2:], norm="ortho")
         value = (compared * G).mean()
-        # 0 where it is not counted: the same as detaching the prediction there
+        # 0 where it is not counted: the prediction is detached there
         G = (G if counted is None else G * counted).expand_as(error)
     slope = torch.dot(error.flatten(), G.flatten()) / error.numel()
     return value + 2 * (slope - slope.detach())  # adds 0 to the value, the gradient 2 G
@@ -131,7 +126,7 @@ def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.5):
     """BM A.2's two terms as a picture of targets (B, C, V, V) and their weights (B, 1, V, V).
 
     Centre, `size` = (h, w): the input's patches, each normalised. Those that count share
-    1 - band_weight. Outer band: the view shrunk to `size` (area), its patches normalised there, and
+    1 - band_weight. Outer band: the view shrunk to `size` (area), its patches normalised, then
     resized to the view (area). Its pixels share band_weight.
     """
     B, C, H, W = view.shape
@@ -157,8 +152,7 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
     prediction (B, N, p p C): patches of a picture of `size` = (H, W). target (B, C, V, V): the
     picture to be recovered, normalised as the model's input is. If it is larger than `size`, the
     prediction means all of it (BM A.2): it is resized to the target (area), and the error has a
-    centre and a band term. The paper gives them no weights: they weigh alike. loss: a key of
-    PIXEL_LOSS.
+    centre and a band term. The paper gives them no weights: they weigh alike.
     freq: lambda, and focal_frequency's alpha and batch_mean.
     # differs from the authors' code: its weights are .8 and .2, but its band term sums four strips'
     # means, about 4 times ours. In effect it weighs the terms alike, as ours.
@@ -184,10 +178,8 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
 
 
 def recovered_picture(prediction, target, size, p, norm="patch"):
-    """The inverse of recovery_loss's normalisation: a picture (B, C, V, V) to look at.
-
-    A normalised prediction says nothing of a patch's mean and deviation: they are the target's, and
-    whoever shows the picture must say so.
+    """The inverse of recovery_loss's normalisation: a picture (B, C, V, V) to look at. Each
+    patch's mean and deviation are the target's, and whoever shows it must say so.
     """
     grid = [side // p for side in size]
     whole = target.shape[2:]
@@ -199,7 +191,6 @@ def recovered_picture(prediction, target, size, p, norm="patch"):
 
     picture = resize_area(unpatchify(prediction.float(), p, grid), whole)
     result = restored(picture, resize_area(target, size))
-    if tuple(whole) != tuple(size):
-        inner = center(whole, size)
-        result[inner] = restored(picture[inner], target[inner])
+    inner = center(whole, size)
+    result[inner] = restored(picture[inner], target[inner])
     return result

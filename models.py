@@ -15,6 +15,7 @@ B batch, C channels, H x W pixels, p patch size, N = (H/p)(W/p) patches, D width
 hidden (B, N) bool: True = the encoder does not see this patch.
 """
 import argparse
+import functools
 import math
 import os
 from typing import NamedTuple
@@ -330,9 +331,9 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on a CPU too. torch's own is for GPUs."""
 
     def forward(self, x):
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        n = dist.get_world_size() if dist.is_initialized() else 1
+        if n == 1 or not self.training:
             return super().forward(x)
-        n = dist.get_world_size()
         z = x.float()
         mean = SumOverProcesses.apply(z.mean((0, 2, 3))) / n  # (C,)
         z = z - mean[:, None, None]
@@ -391,7 +392,7 @@ class ResNet(Encoder):
     def __init__(self, img_size=224, patch_size=16, depths=(3, 4, 6, 3), bottleneck=True,
                  channels=3, num_classes=0):
         super().__init__(img_size, patch_size, channels)
-        self.conv1 = nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False)
+        self.conv1 = convolution(channels, 64, 7, 2)
         self.bn1 = BatchNorm(64)
         self.relu = nn.ReLU(inplace=True)
         width = 64
@@ -451,20 +452,17 @@ class EncoderDecoder(ViT):
     # differs from the authors' code: BM's has no cls token, and 1-D positions.
     """
 
-    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3,
-                 decoder=(4, 384, 6), relative_positions=False):
-        """decoder: its depth, width and heads."""
-        super().__init__(img_size, patch_size, dim, depth, heads, channels,
-                         relative_positions=relative_positions)
-        decoder_depth, decoder_dim, decoder_heads = decoder
-        positions = sincos_positions(decoder_dim, self.grid)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_embed = nn.Linear(dim, decoder_dim)
+    def __init__(self, *args, decoder=(4, 384, 6), **more):
+        """decoder: its depth, width and heads. The rest are a ViT's."""
+        super().__init__(*args, **more)
+        depth, width, heads = decoder
+        positions = sincos_positions(width, self.grid)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_embed = nn.Linear(self.dim, width)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads)
-                                            for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * channels)
+        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, self.patch_size ** 2 * self.channels)
         self.apply(xavier)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -557,9 +555,7 @@ class MaskToken:
 
 # --- Heads for dense predictions (BM 4.4, A2 5.3) ---
 
-def unit(channels, out, kernel):
-    """A convolution, batch norm, ReLU."""
-    return nn.Sequential(convolution(channels, out, kernel), BatchNorm(out), nn.ReLU(inplace=True))
+unit = functools.partial(ops.Conv2dNormActivation, norm_layer=BatchNorm)  # and a ReLU
 
 
 class Pyramid(nn.Module):
@@ -572,25 +568,18 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.widths = encoder.widths[1:] if not encoder.tokens else [encoder.dim] * 4
+        self.multiple = encoder.stride  # pixels of a position of the coarsest map
         self.scales = nn.ModuleList(nn.Identity() for _ in range(4))
         if encoder.tokens:
+            self.multiple = 2 * encoder.patch_size
+
             def twice():
                 return nn.ConvTranspose2d(encoder.dim, encoder.dim, 2, 2)
             first = nn.Sequential(twice(), BatchNorm(encoder.dim), nn.GELU(), twice())
             self.scales = nn.ModuleList([first, twice(), nn.Identity(), nn.MaxPool2d(2)])
 
-    @property
-    def multiple(self):
-        """Pixels of a position of the coarsest map."""
-        return 2 * self.encoder.patch_size if self.encoder.tokens else self.encoder.stride
-
-    def padded(self, images):
-        """With zeros on the right and below, to whole positions of the coarsest map."""
-        H, W = images.shape[2:]
-        return F.pad(images, [0, -W % self.multiple, 0, -H % self.multiple])
-
     def forward(self, images, drop=None):
-        """Padded images (B, C, H, W) in [0, 1] -> four maps (B, D, h, w)."""
+        """Images (B, C, H, W) in [0, 1], of multiples of `multiple` -> four maps (B, D, h, w)."""
         return [scale(z) for scale, z in zip(self.scales, self.encoder.maps(images, drop))]
 
 
@@ -619,10 +608,11 @@ class UperNet(nn.Module):
         the third map alone.
         """
         def to(z, size):
-            return F.interpolate(z, size, mode="bilinear", align_corners=False)
+            return F.interpolate(z, size, mode="bilinear")
 
         H, W = images.shape[2:]
-        images = self.pyramid.padded(images)
+        n = self.pyramid.multiple
+        images = F.pad(images, [0, -W % n, 0, -H % n])
         maps = self.pyramid(images, drop)
         top = maps[-1]
         pooled = [to(pool(F.adaptive_avg_pool2d(top, n)), top.shape[2:])
@@ -633,7 +623,9 @@ class UperNet(nn.Module):
             levels.append(smooth(z + to(levels[-1], z.shape[2:])))
         finest = levels[-1].shape[2:]
         z = self.join(torch.cat([to(z, finest) for z in levels], dim=1))
-        scores = [self.classify(z)] + [self.auxiliary(maps[2])] * self.training
+        scores = [self.classify(z)]
+        if self.training:
+            scores.append(self.auxiliary(maps[2]))
         scores = [to(x.float(), images.shape[2:])[:, :, :H, :W] for x in scores]
         return scores if self.training else scores[0]
 
@@ -645,16 +637,15 @@ class Neck(nn.Module):
 
     def __init__(self, encoder, kind, width):
         super().__init__()
-        self.pyramid, self.kind, self.drop = Pyramid(encoder), kind, None
+        self.pyramid, self.fpn, self.drop = Pyramid(encoder), None, None
         self.out_channels = encoder.widths[3] if kind == "c4" else width
-        self.fpn = None
         if kind == "fpn":
             self.fpn = ops.FeaturePyramidNetwork(self.pyramid.widths, width,
                                                  ops.feature_pyramid_network.LastLevelMaxPool())
 
     def forward(self, images):
         images = images + self.pyramid.encoder.mean  # which Shown took off, to pad with it
-        if self.kind == "c4":
+        if self.fpn is None:
             maps = {"0": self.pyramid.encoder.encode(images, drop=self.drop, last=3)}
         else:
             maps = self.pyramid(images, self.drop)
@@ -727,12 +718,13 @@ class Detector(nn.Module):
         neck = Neck(encoder, kind, width)
         scale = encoder.patch_size if encoder.tokens else 16  # pixels a position of the third map
         anchors = [[2 * scale * 2 ** i] for i in range(5)]
-        levels = ["0", "1", "2", "3"]
         if kind == "c4":
-            levels, anchors, width = ["0"], [sum(anchors, [])], 256
+            anchors, width = [sum(anchors, [])], 256
             stage = nn.Sequential(encoder.layer4, BatchNorm(encoder.dim))
             boxes = nn.Sequential(stage, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            heads = dict(box_head=boxes, mask_head=Again(stage))
+            pool = ops.MultiScaleRoIAlign(["0"], 14, 2)
+            heads = dict(box_head=boxes, mask_head=Again(stage), box_roi_pool=pool,
+                         mask_roi_pool=pool)
             top = in_mask = encoder.dim
         else:
             top, in_mask = 4 * width, width
@@ -742,16 +734,13 @@ class Detector(nn.Module):
         rpn = detection.rpn.RPNHead(neck.out_channels, anchors.num_anchors_per_location()[0])
         boxes = detection.faster_rcnn.FastRCNNPredictor(top, classes + 1)
         masks = detection.mask_rcnn.MaskRCNNPredictor(in_mask, width, classes + 1)
-        proposed = dict(train=4 * sampled, test=2 * sampled)
         many = 6 if kind == "c4" else 1  # of one map, as detectron2's
         self.rcnn = detection.MaskRCNN(
-            neck, rpn_anchor_generator=anchors, rpn_head=Float32(rpn),
-            box_roi_pool=ops.MultiScaleRoIAlign(levels, 14 if kind == "c4" else 7, 2),
-            mask_roi_pool=ops.MultiScaleRoIAlign(levels, 14, 2), **heads,
+            neck, rpn_anchor_generator=anchors, rpn_head=Float32(rpn), **heads,
             box_predictor=Float32(boxes), mask_predictor=Float32(masks),
             box_batch_size_per_image=sampled,
-            **{f"rpn_pre_nms_top_n_{mode}": many * n for mode, n in proposed.items()},
-            **{f"rpn_post_nms_top_n_{mode}": n for mode, n in proposed.items()})
+            rpn_pre_nms_top_n_train=many * 4 * sampled, rpn_post_nms_top_n_train=4 * sampled,
+            rpn_pre_nms_top_n_test=many * 2 * sampled, rpn_post_nms_top_n_test=2 * sampled)
         self.rcnn.transform = Shown(short, longest, encoder.mean.flatten().tolist(),
                                     [1.0] * encoder.channels, neck.pyramid.multiple)
 
@@ -904,15 +893,17 @@ def tensors(state):
     Of several networks under prefixes it is the first. Of several dicts of weights it is "model" or
     "state_dict".
     """
-    within = {k: v for k, v in state.items() if isinstance(v, dict)
-              and any(isinstance(x, torch.Tensor) for x in v.values())}
-    if within and not any(isinstance(x, torch.Tensor) for x in state.values()):
-        key = next((k for k in ("model", "state_dict") if k in within), list(within)[0])
+    def of(held):
+        return {k: x for k, x in held.items() if isinstance(x, torch.Tensor)}
+
+    found = of(state)
+    within = {k: of(v) for k, v in state.items() if isinstance(v, dict) and of(v)}
+    if within and not found:
+        key = next(k for k in ("model", "state_dict", *within) if k in within)
         if key not in ("model", "state_dict") and len(within) > 1:
             raise ValueError(f"several dicts of weights, {', '.join(map(repr, within))}: load the "
                              "file, and save the one you want alone")
-        state = within.pop(key)
-    found = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}
+        found = within.pop(key)
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
                          "give a state dict, or a dict with it as 'model' or 'state_dict'")
@@ -958,7 +949,7 @@ class Loaded(NamedTuple):
 def resize_grid(rows, old, new):
     """A row for each cell of a grid `old` = (h, w), (h w, D) -> for each cell of `new`, bicubic."""
     maps = rows.float().T.reshape(1, -1, *old)
-    return F.interpolate(maps, new, mode="bicubic", align_corners=False)[0].flatten(1).T
+    return F.interpolate(maps, new, mode="bicubic")[0].flatten(1).T
 
 
 def resize_positions(table, old, new):

@@ -4,9 +4,9 @@
     python probe.py --weights runs/zoom_in_mask-vit_micro-shapes --blocks 2   minutes more
     python probe.py --weights none                                            random, to compare
 
-*Beyond Masking* (BM) section 5, *A2MIM* (A2) section 5.2. One process. The backbone is in eval()
-and never changes. Its features are computed once, of the central part of every image, with no
-augmentation. The last line is JSON, also result.json in --out. Accuracies are in %.
+*Beyond Masking* (BM) section 5, *A2MIM* (A2) section 5.2. Features are computed once, in eval(),
+of the central part of every image. The last line is JSON, also result.json in --out. Accuracies
+are in %.
 """
 import json
 import math
@@ -55,8 +55,7 @@ def main(argv=None):
         figures.update(accuracy(scores, test[1], "nonlinear"))
 
     names = "model", "data", "labels", "seed", "weights", "blocks"
-    config = pretrain.config_of(args)
-    line = json.dumps(dict({k: config[k] for k in names}, **figures, images=len(test[1])))
+    line = json.dumps({k: vars(args)[k] for k in names} | figures | dict(images=len(test[1])))
 
     def write():
         pretrain.write_config(args)
@@ -78,7 +77,7 @@ def load_model(args, weights, channels, process, classes=0):
 
 
 def defaults_of(defaults):
-    """The defaults of open_run for what is shown to a frozen encoder: as its run was measured."""
+    """Of open_run's defaults, what a frozen encoder is shown: as its run was measured."""
     names = ("data", "only", "model", "root", "img_size", "patch_size", "pool", "test_crop",
              "relative_positions")
     if defaults.get("test_size"):  # a ResNet's, trained at another
@@ -103,9 +102,8 @@ def options(argv=None):
     p.set_defaults(**defaults_of(defaults))
     args = p.parse_args(argv)
     args.img_size = [args.img_size[0], args.img_size[-1]]
-    blocks = args.blocks and f"blocks{args.blocks}"
-    args.out = args.out or pretrain.folder_path(
-        f"runs/{finetune.run_name('probe', args, blocks)}")
+    name = finetune.run_name("probe", args, args.blocks and f"blocks{args.blocks}")
+    args.out = args.out or pretrain.folder_path(f"runs/{name}")
     return args, weights
 
 
@@ -124,8 +122,8 @@ def encode(model, data, rows, args, process, amp):
 
 
 def all_features(model, data, args, process, amp, blocks=False):
-    """Features (n, D) and labels (n,) of all images that can be read, and for `blocks` their
-    tokens (n, T, D), or None where they would take more than STORE bytes. Nothing is held twice.
+    """Features (n, D) and labels (n,) of all readable images, and for `blocks` their tokens
+    (n, T, D), or None where they would take more than STORE bytes.
     """
     n, at, tokens, labels = len(data), 0, None, []
     features = torch.empty(n, model.dim, device=process.device)
@@ -207,7 +205,7 @@ def linear_probe(train, labels, classes, vit, seed=0):
             rows = samples(step, batch, n, seed)[:, 1].to(train.device)
         lr = learning_rate(step, total, total // 9, 6.4)
         if not vit:
-            lr = 30 * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
+            lr = learning_rate(step, total, 0, 30, "step", (0.6, 0.8))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         F.cross_entropy(head(train[rows]), labels[rows]).backward()
@@ -218,19 +216,17 @@ def linear_probe(train, labels, classes, vit, seed=0):
 class BlocksProbe(nn.Module):
     """BM section 5: transformer blocks, pooling and a linear classifier on tokens (B, T, D)."""
 
-    def __init__(self, dim, heads, blocks, classes, cls):
+    def __init__(self, dim, heads, blocks, classes, pooled):
         super().__init__()
-        self.cls = cls  # the cls token, or the mean of the patches
+        self.pooled = pooled  # the slice of tokens that are averaged
         self.blocks = nn.ModuleList(models.Block(dim, heads) for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
         self.apply(models.xavier)
 
-    def forward(self, tokens, first):
-        """first: where the patches begin, after a ViT's cls token."""
+    def forward(self, tokens):
         for block in self.blocks:
             tokens = block(tokens)
-        tokens = self.norm(tokens)
-        return self.head(tokens[:, 0] if self.cls else tokens[:, first:].mean(1))
+        return self.head(self.norm(tokens)[:, self.pooled].mean(1))
 
 
 def blocks_probe(model, data, val, train, test, args, process, amp):
@@ -238,19 +234,18 @@ def blocks_probe(model, data, val, train, test, args, process, amp):
 
     train and test are what `all_features` found. Where it kept no tokens they are computed anew
     each epoch. BM gives no recipe. Ours is AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a
-    tenth of warm-up, no augmentation, and --epochs.
+    tenth of warm-up, no augmentation.
     """
     vit, device = model.tokens, process.device
     torch.manual_seed(args.seed)
     heads = model.heads if vit else max(1, model.dim // 64)
-    probe = BlocksProbe(model.dim, heads, args.blocks, len(data.classes),
-                        vit and args.pool == "cls").to(device)
-    groups = pretrain.parameter_groups(probe, 0.05)
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    pooled = slice(1) if vit and args.pool == "cls" else slice(int(vit), None)
+    probe = BlocksProbe(model.dim, heads, args.blocks, len(data.classes), pooled).to(device)
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(probe, 0.05), lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     def batches(images, found, epoch=None):
-        tokens, labels = found[2], found[1]
+        _, labels, tokens = found
         n = len(images) if tokens is None else len(tokens)
         rows = torch.arange(n)
         if epoch is not None:
@@ -261,7 +256,7 @@ def blocks_probe(model, data, val, train, test, args, process, amp):
 
     def scores_of(tokens):
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            return probe(tokens.float(), 1 if vit else 0).float()
+            return probe(tokens.float()).float()
 
     total = args.epochs * math.ceil(len(data) / BATCH)
     steps = iter(range(total))

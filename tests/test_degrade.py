@@ -282,7 +282,7 @@ def test_a_task_is_a_function_and_a_row(monkeypatch):
         return images
 
     given = []
-    monkeypatch.setitem(D.TASKS, "turn", D.Task(turn, "a task of one's own"))
+    monkeypatch.setitem(D.TASKS, "turn", D.Task(turn))
     parser = argparse.ArgumentParser()
     for name, default in D.task_settings("turn").items():
         parser.add_argument(f"--{name}", **D.option(name, default))

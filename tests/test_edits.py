@@ -22,7 +22,7 @@ def shuffle(images, patch_size, share=0.5, turned=False, generator=None, within=
     return F.fold(patches.gather(2, moved.argsort(1)[:, None].expand_as(patches)), (H, W), p,
                   stride=p)
 '''), ("degrade.py", "before", '    "zoom_out": Task(', '''
-    "shuffle": Task(shuffle, "patches in another order"),
+    "shuffle": Task(shuffle),
 ''')]
 LOSS = [("losses.py", "after", '    "l1": torch.abs', '''
     "charbonnier": lambda error: (error.square() + 1e-6).sqrt(),

@@ -100,12 +100,13 @@ def test_top_5_counts_the_fifth_and_not_the_sixth():
 @pytest.mark.parametrize("cls", [True, False])
 def test_the_blocks_probe_pools_the_cls_token_or_the_patches(cls):
     """Without blocks, so that what it does not pool changes nothing."""
-    head, tokens = probe.BlocksProbe(8, 2, 0, 3, cls), torch.randn(2, 5, 8)
+    pooled = slice(1) if cls else slice(1, None)
+    head, tokens = probe.BlocksProbe(8, 2, 0, 3, pooled), torch.randn(2, 5, 8)
     other = tokens.clone()
     other[:, 1 if cls else 0] += torch.randn(8)
-    assert torch.equal(head(tokens, 1), head(other, 1))
+    assert torch.equal(head(tokens), head(other))
     other[:, 0 if cls else 1] += torch.randn(8)
-    assert not torch.equal(head(tokens, 1), head(other, 1))
+    assert not torch.equal(head(tokens), head(other))
 
 
 # --- The command ---
