@@ -9,8 +9,8 @@
 
 BM is *Beyond Masking* (arXiv 2203.14313), A2 is *A2MIM* (arXiv 2205.13943; sections 3.1 to 3.3,
 appendix B). RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or
-torchvision's names, or none: random weights, to compare. --out gets NAME.json, every number, and
-NAME.png, all runs on one sheet (with matplotlib). On two CPU cores each takes seconds to two
+torchvision's names, or none: random weights. --out gets NAME.json, every number, and
+NAME.png, all runs on one sheet. On two CPU cores each takes seconds to two
 minutes of the built-in data. All runs are shown the same images, each at its own size and crop.
 
 B batch, C channels, H x W pixels, p patch size, N patches.
@@ -408,7 +408,7 @@ def stacked(pictures):
 
 # --- The figures ---
 
-# A measure takes one run to its numbers. The panels are of the numbers of all runs.
+# A measure takes one run to its numbers, panels show those of all runs.
 
 def of_maps(run, data, rows, process, value):
     """value(map) of each layer: its mean over images, and its standard error."""
@@ -434,6 +434,7 @@ def by_depth(found):
         L = len(r["mean"])
         depth = [i / L for i in range(1, L + 1)]
         layers = [x for x in zip(depth, r["mean"], r["error"]) if any(x[1])]
+        check(layers, f"{label}: its maps are too small: choose a larger --img_size")
         yield label, *map(list, zip(*layers))
 
 

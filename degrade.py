@@ -283,6 +283,8 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
     # differs from the authors' code: there t is .15 to .25, and zeros are around the picture.
     """
     B, _, H, W = images.shape
+    if not 0 <= twist[0] <= twist[1] <= 1:
+        raise ValueError(f"twist {twist[0]} {twist[1]} is not 0 <= smallest <= largest <= 1")
     u = random_numbers(B, 3, generator=generator, within=within).to(images.device)
     c = 2 * u[:, None, None, :2] - 1
     t = (twist[0] + (twist[1] - twist[0]) * u[:, 2]).view(B, 1, 1, 1)
@@ -407,6 +409,14 @@ def number_or_rand(text):
     return text if text == "rand" else int(text)
 
 
+def literal(text):
+    """What an option's text says in Python: True, None, 3, 0.5. Any other text is itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 # How the command line reads a setting, and what it means. One that is not here needs no entry.
 SETTINGS = {
     "mask_ratio": (float, "share of the patches that are hidden, in [0, 1)"),
@@ -441,7 +451,7 @@ def option(name, default):
     """The arguments of argparse's add_argument for a setting."""
     several = isinstance(default, tuple)
     one = default[0] if several else default
-    kind = ast.literal_eval if one is None or isinstance(one, bool) else type(one)
+    kind = literal if one is None or isinstance(one, bool) else type(one)
     kind, text = SETTINGS.get(name, (kind, "a setting of this task"))
     how = dict(type=kind) if callable(kind) else dict(choices=kind)
     if isinstance(one, bool):

@@ -83,6 +83,9 @@ def main(argv=None):
                          augmentation(*args.rand_augment, args.random_erasing))
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received, result = pretrain.remember_signals(on_first), {}
+    if start and start % args.save_every == 0 and not measured(args, start):
+        result = evaluate(model, val, args, process, amp)  # a signal came before it
+        pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
     clock, timed, waited = time.perf_counter(), 0, 0.0
     for step in range(start, args.total):
         # the learning rate
@@ -143,7 +146,7 @@ def main(argv=None):
         at_checkpoint = done % args.save_every == 0 or done == args.total
         if at_checkpoint or leaving:
             pretrain.save(done, args, process, state, recent)
-        if at_checkpoint:
+        if at_checkpoint and not leaving:
             result = evaluate(model, val, args, process, amp)
             pretrain.log(args, process, step=done, epoch=epoch, **result)
         clock += time.perf_counter() - paused
@@ -202,7 +205,7 @@ RECIPES = {
                    drop_path=0.05, rand_augment=[7, 0.5]),
     "small": dict(DEIT, img_size=[32], patch_size=4, epochs=50, batch_size=64, at_once=256,
                   lr=8e-3, crop=[0.8, 1.0], rand_augment=[0, 0], mixup=0.0, cutmix=0.0,
-                  test_crop=1.0, save_every=200),
+                  test_crop=1.0),
 }
 
 
@@ -373,6 +376,8 @@ def settle(args, process, data):
           "--compile: the sizes of --head detect change from step to step")
     head = "" if args.head == "classify" else args.head
     pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args, head))
+    check(args.test_size % args.patch_size == 0,
+          f"--test_size {args.test_size}: choose a multiple of --patch_size {args.patch_size}")
     odd = args.micro_batch % 2 and (args.mixup or args.cutmix)
     check(args.eval or not odd, f"mixup pairs images, {args.micro_batch} at once are odd: choose "
           "another --batch_size or --accum, or --mixup 0 --cutmix 0")
@@ -998,8 +1003,8 @@ def found_sheet(model, data, args, device, amp):
     for _, image in data.readable(range(min(8, len(data)))):
         if args.head == "segment":
             maps = image[3], classes_of(model, image[None], args, device, amp)[0]
-            labels = torch.arange(len(args.classes))
-            both = [dict(labels=labels, masks=x == labels.view(-1, 1, 1)) for x in maps]
+            labels = [x[x != 255].unique() for x in maps]
+            both = [dict(labels=l, masks=x == l.view(-1, 1, 1)) for l, x in zip(labels, maps)]
             image = image[:3]
         else:
             image, truth = image
@@ -1046,6 +1051,12 @@ def evaluate(model, data, args, process, amp):
     pretrain.refuse_bad(data, len(data) - seen, process)
     return dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2),
                 images=int(seen))
+
+
+def measured(args, step):
+    """Whether log.jsonl has what was measured at this step."""
+    lines = (args.out / "log.jsonl").read_text().splitlines()
+    return any('"images":' in line and json.loads(line)["step"] == step for line in lines)
 
 
 MEASURES = {"classify": evaluate, "segment": evaluate_pixels, "detect": evaluate_boxes}

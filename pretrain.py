@@ -298,7 +298,7 @@ def training_options(o):
     o("--betas", type=share, nargs=2, help="of the optimiser's running means")
     o("--clip", type=not_negative, help="largest norm of the gradient, 0: any")
     o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop")
-    o("--save_every", type=positive_int, help="steps; None: a twentieth of the run")
+    o("--save_every", type=positive_int, help="steps; None: a twentieth of the run, 200 at least")
     o("--log_every", type=positive_int, default=20, help="steps")
     o("--compile", action="store_true", help="torch.compile the model")
     o("--resume", nargs="?", const="auto", metavar="PATH",
@@ -395,6 +395,7 @@ def settle(args, process, data):
 
 def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
+    check(len(args.img_size) < 3, f"--img_size takes one or two numbers, not {len(args.img_size)}")
     args.img_size = [args.img_size[0], args.img_size[-1]]
     most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it enlarges
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
@@ -412,7 +413,7 @@ def share_out(args, process, data):
     if args.warmup is not None:
         warmup = args.warmup * len(data) / batch
     args.warmup_steps = round(warmup)
-    args.save_every = args.save_every or max(50, args.total // 20)
+    args.save_every = args.save_every or max(200, args.total // 20)
 
 
 def folder_path(text):
@@ -1253,10 +1254,12 @@ def leave(received, process):
 
 
 # What torch says, and what to do about it.
+FEWER = "fewer images at once (--accum, --batch_size), or a lower --img_size"
 WAYS_OUT = {
-    "to allocate": "fewer images at once (--accum, --batch_size), or a lower --img_size",
     "shared memory": "/dev/shm is too small for the loaders: --workers 0, or docker's --shm-size",
     "C++ compiler": "leave out --compile",
+    "out of memory": FEWER,
+    "to allocate": FEWER,
 }
 
 

@@ -80,7 +80,7 @@ def defaults_of(defaults):
     """Of open_run's defaults, what a frozen encoder is shown: as its run was measured."""
     names = ("data", "only", "model", "root", "img_size", "patch_size", "pool", "test_crop",
              "relative_positions")
-    if defaults.get("test_size"):  # a ResNet's, trained at another
+    if defaults.get("test_size"):  # trained at another
         defaults["img_size"] = [defaults["test_size"]]
     return {name: defaults[name] for name in names}
 

@@ -311,7 +311,7 @@ def input_():
             transforms.RandomHorizontalFlip(), transforms.ToTensor(),
             transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)]))
         ours, how = pretrain.FolderSet(folder), (0, (224, 224), (0.2, 1.0), 0, None)
-        a, b = zip(*in_turn(5, lambda: [ours[i, *how] for i in range(200)], lambda: [*usual]))
+        a, b = zip(*in_turn(5, lambda: [ours[(i, *how)] for i in range(200)], lambda: [*usual]))
     report_speed("input: files to views, one thread", 200, a, "JPEG, 500x375")
     report_speed("input: the usual pipeline", 200, b)
     report_ratio("input: ours / usual", zip(a, b))

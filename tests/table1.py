@@ -68,6 +68,7 @@ def options(argv=None):
       help="None: all, but decolor of grey pictures")
     o("--seeds", type=int, default=3, help="of mask, zoom_in_mask and none")
     o("--share", type=float, default=1.0, help="of all steps, to try")
+    p.set_defaults(only=None)  # of --download
     args = p.parse_args(argv)
     trial = "" if args.share == 1 else f"-{args.share:g}"  # must not be taken for the table
     args.out = (args.out or Path(f"runs/table1-{args.data}{trial}")).resolve()
