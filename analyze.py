@@ -9,9 +9,9 @@
 
 BM is *Beyond Masking* (arXiv 2203.14313), A2 is *A2MIM* (arXiv 2205.13943; sections 3.1 to 3.3,
 appendix B). RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or
-torchvision's names, or none: random weights. --out gets NAME.json, every number, and
-NAME.png, all runs on one sheet. On two CPU cores each takes seconds to two
-minutes of the built-in data. All runs are shown the same images, each at its own size and crop.
+torchvision's names, or none: random weights. --out gets NAME.json, every number, and NAME.png, all
+runs on one sheet. On two CPU cores each takes seconds to two minutes of the built-in data. All runs
+are shown the same images, each at its own size and crop.
 
 B batch, C channels, H x W pixels, p patch size, N patches.
 visible (k, N) bool: True = the patch is shown.
