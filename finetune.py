@@ -1030,7 +1030,7 @@ def drawn(image, objects, classes):
         if "boxes" in objects:
             names = [classes[i - 1] for i in labels]
             boxes = objects["boxes"] * 192 / max(image.shape[1:])
-            picture = utils.draw_bounding_boxes(picture, boxes, names, colors)
+            picture = utils.draw_bounding_boxes(picture, boxes, names, colors, label_colors="white")
     return F.pad(picture, [0, 192 - size[1], 0, 192 - size[0]]) / 255
 
 
