@@ -46,7 +46,9 @@ def call(function, values, *first):
 # --- (m) Which patches are hidden ---
 
 def cells_of(grid, ratio, unit):
-    """Rows, columns of mask cells; how many are visible: floor(cells (1 - ratio)) as MAE, or 1."""
+    """Rows and columns of mask cells, and how many stay visible: floor(cells (1 - ratio)) as in
+    MAE, one at least.
+    """
     rows, columns = pair(grid)
     if unit < 1 or rows % unit or columns % unit:
         raise ValueError(f"mask cells of {unit} patches do not tile {rows}x{columns} patches")

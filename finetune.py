@@ -210,9 +210,9 @@ RECIPES = {
 
 
 def open_run(weights, chosen, trains=False):
-    """What --weights and what else is read first settle: what its file holds without the optimiser,
-    or None; its run's configuration, or {}; the defaults of the rest: the recipe's, or (trains
-    False) as the run measured.
+    """What the file of --weights holds, without the optimiser, or None; its run's configuration, or
+    {}; and the defaults that these and the other first_options settle. trains: they are the
+    recipe's. Otherwise images are shown as the run measured them.
     """
     held = None if weights == "none" else models.read_weights(weights)
     run = (held or {}).get("config") or {}

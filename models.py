@@ -555,7 +555,8 @@ class MaskToken:
 
 # --- Heads for dense predictions (BM 4.4, A2 5.3) ---
 
-unit = functools.partial(ops.Conv2dNormActivation, norm_layer=BatchNorm)  # and a ReLU
+# A convolution, batch norm, ReLU.
+unit = functools.partial(ops.Conv2dNormActivation, norm_layer=BatchNorm)
 
 
 class Pyramid(nn.Module):

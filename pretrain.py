@@ -373,7 +373,9 @@ def options(argv=None):
 
 
 def settle(args, process, data):
-    """What follows from options and data: where the token enters, what is hidden holds, sizes."""
+    """What follows from the options and the data: where the token enters, what hidden patches hold,
+    the view, the share of each process, the folder.
+    """
     settings = args.settings
     layer, fill = models.token_layer(args.model, args.token_at), settings["fill"]
     if layer == "decoder":
@@ -983,6 +985,7 @@ class Drawn:
         self.undrawn(n, 3, size)
 
     def undrawn(self, n, channels, size):
+        """Room for n pictures, none of which is drawn yet."""
         # the aspect, here: a power's last bit depends on how many are computed at once
         self.numbers[..., 1] = 2 ** (0.5 * self.numbers[..., 1] - 0.25)
         self.shape = (n, 3, size, size)
@@ -990,6 +993,7 @@ class Drawn:
         self.done = torch.zeros(n, dtype=torch.bool)
 
     def draw(self, rows):
+        """These rows of `images`, drawn anew."""
         for label, outline in enumerate(SHAPES.values()):
             for few in rows[self.labels[rows] == label].split(50):  # they fit the cache
                 r = self.numbers[few].T[:, :, None, None]  # (20, k, 1, 1)
@@ -1031,9 +1035,10 @@ class Scenes(Drawn):
 
 
 def built_in(data, train):
-    """The pictures of `shapes` or `scenes`."""
-    kind, many, few = (Scenes, 10000, 500) if data == "scenes" else (Drawn, 30000, 5000)
-    return kind(many if train else few, seed=int(not train))
+    """The pictures of `shapes` or `scenes`, to train on or to measure."""
+    if data == "scenes":
+        return Scenes(10000 if train else 500, seed=int(not train))
+    return Drawn(30000 if train else 5000, seed=int(not train))
 
 
 def draw_shapes(shapes, size):
@@ -1052,12 +1057,14 @@ def draw_shapes(shapes, size):
     near = r[5:8].movedim(0, 1)  # (k, 3, 1, 1)
     far = (near + 0.5 * r[8:11].movedim(0, 1) - 0.25).clamp(0, 1)
     ramp = (0.5 + along(r[14]) / 2.84)[:, None]
-    picture, middle = near * (1 - ramp) + far * ramp, (near + far) / 2
+    picture = near * (1 - ramp) + far * ramp
+    middle = (near + far) / 2
     seen = torch.zeros(len(picture), 1, size, size, dtype=torch.uint8)
 
     for number, (outline, r, radius) in enumerate(shapes, 1):
         # how far each pixel is inside the shape, in pixels
-        aspect, turn = r[1], 2 * r[2] - 1
+        aspect = r[1]
+        turn = 2 * r[2] - 1
         x = axis - (2 * r[3] - 1) * (1.05 - radius)
         y = axis[:, None] - (2 * r[4] - 1) * (1.05 - radius)
         u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
