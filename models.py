@@ -149,12 +149,14 @@ def sincos_positions(dim, grid):
 
 def attend(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v for (B, heads, N, d). On a CPU the product written out is 3
-    to 8 times as fast as torch's fused kernel (python tests/bench.py attention).
+    to 8 times as fast as torch's fused kernel (python tests/bench.py attention), and bfloat16's
+    softmax is slow for rows shorter than one of its vectors.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)
-    return (scores if bias is None else scores + bias).softmax(dim=3) @ v
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(dim=3, dtype=torch.float32 if k.shape[2] < 32 else None).to(v.dtype) @ v
 
 
 def relative_index(grid, device=None):
@@ -347,8 +349,24 @@ class BatchNorm(nn.BatchNorm2d):
         return (z * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def convolution(channels, out, kernel, stride=1):
-    return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
+class Convolution(nn.Conv2d):
+    """A convolution, on a CPU one matrix product where maps are small. With AMX torch's is 1.3 to
+    8 times as slow there (python tests/bench.py memory), and up to 2.14 wrong (3x3, stride 2) on a
+    map 2 wide and 3 or more high: it returns memory that nobody wrote.
+    """
+
+    def __init__(self, channels, out, kernel, stride=1, bias=False):
+        super().__init__(channels, out, kernel, stride, padding=kernel // 2, bias=bias)
+
+    def forward(self, x):
+        (k, _), (s, _), (p, _) = self.kernel_size, self.stride, self.padding
+        h, w = ((side + 2 * p - k) // s + 1 for side in x.shape[2:])
+        if x.device.type != "cpu" or h * w >= 64:
+            return super().forward(x)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, p, p, p, p))  # (B, H, W, C)
+        shifted = [x[:, i:i + s * h:s, j:j + s * w:s] for i in range(k) for j in range(k)]
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(torch.cat(shifted, 3), weight, self.bias).permute(0, 3, 1, 2)
 
 
 class Residual(nn.Module):
@@ -366,12 +384,12 @@ class Residual(nn.Module):
         self.depth = len(layers)
         before = channels
         for i, (kernel, out, step) in enumerate(layers, 1):
-            self.add_module(f"conv{i}", convolution(before, out, kernel, step))
+            self.add_module(f"conv{i}", Convolution(before, out, kernel, step))
             self.add_module(f"bn{i}", BatchNorm(out))
             before = out
         self.downsample = None
         if stride > 1 or channels != out:
-            self.downsample = nn.Sequential(convolution(channels, out, 1, stride), BatchNorm(out))
+            self.downsample = nn.Sequential(Convolution(channels, out, 1, stride), BatchNorm(out))
 
     def forward(self, x, drop=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -392,7 +410,7 @@ class ResNet(Encoder):
     def __init__(self, img_size=224, patch_size=16, depths=(3, 4, 6, 3), bottleneck=True,
                  channels=3, num_classes=0):
         super().__init__(img_size, patch_size, channels)
-        self.conv1 = convolution(channels, 64, 7, 2)
+        self.conv1 = Convolution(channels, 64, 7, 2)
         self.bn1 = BatchNorm(64)
         self.relu = nn.ReLU(inplace=True)
         width = 64
@@ -425,13 +443,6 @@ class ResNet(Encoder):
         after(l, z) -> z stands behind the stem (l = 0) and each stage, of which `last` is the last.
         drop: (B, blocks) or None.
         """
-        device = images.device.type
-        H, W = images.shape[2:]
-        if device == "cpu" and H > W == 32 and torch.is_autocast_enabled(device):
-            # Up to torch 2.14, AMX convolutions (3x3, stride 2) of a map 2 wide and 3 or more high
-            # return memory that nobody wrote: stage 4 of such an image. In float32 they are right.
-            with torch.autocast(device, enabled=False):
-                return self.encode(images, after, drop, last)
         z = self.relu(self.bn1(self.conv1(self.normalize(images))))
         z = after(0, F.max_pool2d(z, 3, 2, padding=1))  # (B, 64, H / 4, W / 4)
         first = 0
@@ -471,7 +482,9 @@ class EncoderDecoder(ViT):
         x = self.decoder_embed(z)  # (B, 1 + visible, d)
         if hidden is not None:
             full = self.mask_token.to(x.dtype).expand(*hidden.shape, -1)
-            x = torch.cat([x[:, :1], full.masked_scatter(~hidden[:, :, None], x[:, 1:])], dim=1)
+            visible = (~hidden).nonzero(as_tuple=True)  # rows, patches
+            full = full.index_put(visible, x[:, 1:].flatten(0, 1))  # masked_scatter is slower
+            x = torch.cat([x[:, :1], full], dim=1)
         x = x + self.decoder_pos_embed  # (B, 1 + N, d)
         for block in self.decoder_blocks:
             x = block(x)
@@ -504,7 +517,8 @@ class MaskToken:
             xavier(self.decoder_pred)
             shape = (1, 1, self.dim)
         else:
-            self.decoder_pred = nn.Conv2d(self.dim, self.stride ** 2 * self.channels, 1)
+            pixels = self.stride ** 2 * self.channels
+            self.decoder_pred = Convolution(self.dim, pixels, 1, bias=True)
             shape = (self.widths[token_at or 0], 1, 1)
         self.mask_token = self.mask_token_scale = None
         if token_at is not None:

@@ -10,6 +10,7 @@ forward pass, counted by torch's FlopCounterMode, a multiply-add as two: a block
 width D has 24 T D^2 + 4 T^2 D. A training step has three times as many: forward, the gradient of
 inputs, the gradient of weights. The peak is that of matrices of 2048 x 2048.
 """
+import functools
 import json
 import math
 import os
@@ -267,7 +268,21 @@ def analyze_():
 
 
 def memory():
-    """What models.to_device's choice rests on."""
+    """What the choices of models.to_device and models.Convolution rest on."""
+    for B, C, out, side, k, stride in ((256, 512, 512, 2, 3, 1), (256, 256, 512, 4, 3, 2),
+                                       (256, 512, 3072, 2, 1, 1), (32, 512, 512, 7, 3, 1),
+                                       (32, 512, 2048, 7, 1, 1), (256, 128, 128, 8, 3, 1)):
+        x = torch.randn(B, C, side, side, device=device, requires_grad=True)
+        both = [layer.to(device, memory_format=torch.channels_last) for layer in (
+            models.Convolution(C, out, k, stride), torch.nn.Conv2d(C, out, k, stride, k // 2))]
+
+        def passes(layer):
+            with autocast():
+                y = layer(x.contiguous(memory_format=torch.channels_last))
+            y.sum().backward()
+        label = f"{k}x{k}, stride {stride}, {C} -> {out}, of {B} maps of {side} x {side}"
+        report_ratio(f"{label}: torch's / ours, time",
+                     in_turn(7, *(functools.partial(passes, layer) for layer in both)))
     for label in (RESNET, "ResNet-18, 64 px, batch 256"):
         both = (make_step(f"--task a2mim {NETWORKS[label]}", how)
                 for how in (models.to_device, torch.nn.Module.to))

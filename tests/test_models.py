@@ -122,8 +122,24 @@ def test_mask_tokens_stand_where_the_patches_were():
     assert close(model(x, h), want)
 
 
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize("size", [(2, 2), (1, 3), (7, 8), (13, 16)])
+def test_convolution_is_torchs(kernel, stride, size):
+    """And its gradients, of small maps, where it is a matrix product, and of larger ones."""
+    ours = M.Convolution(3, 5, kernel, stride, bias=True)
+    torchs = torch.nn.Conv2d(3, 5, kernel, stride, kernel // 2)
+    torchs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in (ours, torchs):
+        x = picture(2, 3, *size).requires_grad_()
+        y = layer(x)
+        (y * picture(*y.shape)).sum().backward()
+        found.append([y, x.grad, layer.weight.grad, layer.bias.grad])
+    assert all(close(a, b) for a, b in zip(*found))
+
+
 def test_bf16_changes_little():
-    """Of a map one pixel wide torch's AMX kernels are wrong."""
+    """Of a map two pixels wide torch's AMX kernels are wrong."""
     model, x = M.encoder("resnet18", (64, 32), 8), picture(4, 3, 64, 32)
     want = M.to_device(model, torch.device("cpu"))(x)
     with torch.autocast("cpu", torch.bfloat16):
