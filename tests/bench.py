@@ -23,7 +23,7 @@ import time
 from statistics import median
 
 import numpy as np
-import table1  # it finds the others
+import claims  # it finds the others
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -362,14 +362,15 @@ def attention():
 
 
 def budget():
-    """Of table1.py's pre-trainings, without reading data, on one thread."""
-    for data in table1.DATA:
-        args = table1.options(["--data", data])
-        made = [table1.jobs(args, task, 0)[0] for task in args.tasks if task != "none"]
+    """Of claims.py's pre-trainings by the tasks, without reading data, on one thread."""
+    args = claims.options([])
+    for data in claims.SETS:
+        made = [claims.jobs(args, data, task, 0)[0] for task in degrade.TASKS
+                if not claims.grey(data, task)]
         found = in_turn(5, *(make_step(shlex.join(job.argv[1:])) for job in made))
         rounds = [[s * job.right["steps"] for s, job in zip(row, made)] for row in found]
         for job, whole in zip(made, zip(*rounds)):
-            report(f"budget, {data}: {job.folder.split('-')[1]}", whole, "s")
+            report(f"budget, {data}: {job.folder.name.split('-')[1]}", whole, "s")
         report_ratio(f"budget, {data}: largest / smallest", [(min(s), max(s)) for s in rounds])
 
 
@@ -385,7 +386,7 @@ PARTS = {part.__name__.strip("_"): part for part in (
     memory, budget, compile_)}
 
 if __name__ == "__main__":
-    os.chdir(table1.ROOT)
+    os.chdir(claims.ROOT)
     chosen = sys.argv[1:] or [*PARTS][:9]
     if not {*chosen} <= {*PARTS}:
         sys.exit(f"bench.py: choose of {', '.join(PARTS)}")

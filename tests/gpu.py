@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import bench  # it finds the others
-import table1
+import claims
 import torch
 import torch.nn.functional as F
 from torchvision import io
@@ -52,7 +52,7 @@ def command(name, script, *argv, launcher=(), code=0):
     argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv)]
     if script != "analyze":
         argv += ["--out", out]
-    done = subprocess.run(argv, cwd=table1.ROOT, capture_output=True, text=True)
+    done = subprocess.run(argv, cwd=claims.ROOT, capture_output=True, text=True)
     last = (done.stdout + done.stderr).strip().splitlines()[-1:]
     report(f"{name}: seconds", round(time.perf_counter() - start, 1), done.returncode == code,
            "" if done.returncode == code else f"exit code {done.returncode}: {last}")
@@ -140,7 +140,7 @@ def kill():
     whole = command("never stopped", "pretrain", *argv, launcher=launcher)[1]
     out = folder / "killed"
     child = subprocess.Popen([sys.executable, "pretrain.py", *map(str, argv), "--out", out],
-                             cwd=table1.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                             cwd=claims.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "checkpoint.pt").exists() and child.poll() is None:
         time.sleep(0.05)
     os.kill(child.pid, signal.SIGKILL)
@@ -176,7 +176,7 @@ def scripts():
 def speed():
     """Images/s and shares of the peak, where the time goes: tests/bench.py."""
     parts = ["step", "a2mim", "finetune", "dense", "profile", "compile"] if BIG else ["degrade"]
-    done = subprocess.run([sys.executable, "tests/bench.py", *parts], cwd=table1.ROOT, text=True,
+    done = subprocess.run([sys.executable, "tests/bench.py", *parts], cwd=claims.ROOT, text=True,
                           stdout=subprocess.PIPE)
     print(done.stdout, flush=True)
     report("bench.py: exit code", done.returncode, done.returncode == 0)

@@ -12,12 +12,12 @@ import torch
 import torchvision
 
 import analyze
+import claims
 import degrade
 import finetune
 import models
 import pretrain
 import probe
-import table1
 from conftest import ROOT, TINY, free_port, log_of, small_run
 
 README = (ROOT / "README.md").read_text()
@@ -195,11 +195,10 @@ def test_the_command_that_measures_torchvisions_weights(labelled, tmp_path):
 
 
 def test_the_tables_of_results_are_what_the_runs_found():
-    results = sorted((ROOT / ".github/results").glob("table1-*.json"))
-    assert len(results) == 3 and "`python tests/table1.py`" in README
+    results = sorted((ROOT / ".github/results").glob("*.json"))
+    assert len(results) == 3 and "`python tests/claims.py`" in README
     for file in results:
-        table = table1.table(json.loads(file.read_text()), file.stem.removeprefix("table1-"))
-        assert table in README, file
+        assert claims.table(json.loads(file.read_text()), file.stem) in README, file
 
 
 def test_the_export_command_and_the_encoder_in_three_lines(tmp_path):
@@ -231,6 +230,7 @@ def test_every_option_named_is_an_option_and_every_setting_is_named(monkeypatch)
     finetune.options(["--head", "detect"])
     probe.options([])
     analyze.options(["curves", "x"])
+    claims.options([])
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))
     assert named <= known | settings, named - known - settings
     assert settings - {"--zoom_out"} <= named
