@@ -57,9 +57,16 @@ SETS = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500}),
                                 heads=dict(segment=(64, 400), detect=(128, 500))),
         "fashion_mnist": dict(size=28, steps=(5400, 2000), labels={20: 250, 100: 500})}
 DRAWS = 3
-# ImageNet top-1 of ViT-B/16: BM Table 1 (distort: Table 2, with missing pixels), A2 Table 2
-PAPER = dict(none=80.7, mask=82.9, zoom_in=82.7, zoom_out=82.2, distort=82.5, blur=81.8,
-             decolor=81.4, zoom_in_mask=83.2, simmim=83.8, a2mim=84.2)
+# ImageNet top-1 of ViT-B/16 by arm: BM Table 1 (distort: Table 2, with missing pixels), A2 Table 2
+PAPER = {"none": 80.7, "mask": 82.9, "zoom_in": 82.7, "zoom_out": 82.2, "distort": 82.5,
+         "blur": 81.8, "decolor": 81.4, "zoom_in_mask": 83.2, "simmim": 83.8, "a2mim": 84.2,
+         # BM 4.2, Table 2, A.3, Fig. 5
+         "mask.block": 82.3, "mask.inner": 82.3, "zoom_in.random": 81.5, "zoom_in.96": 82.2,
+         "zoom_in.128": 82.3, "zoom_in.192": 82.5, "zoom_in.208": 82.3, "zoom_out.96": 81.9,
+         "zoom_out.128": 82.0, "zoom_out.192": 82.1, "zoom_out.none": 79.9, "zoom_out.black": 80.0,
+         "zoom_out.other": 80.5, "distort.weak": 82.3, "distort.strong": 82.3, "distort.wave": 81.9,
+         "blur.5": 80.9, "blur.7": 81.5, "blur.11": 81.0, "zoom_in_mask.1of6": 82.7,
+         "zoom_in_mask.1of3": 83.0}
 # BM Table 3, A2 Tables 4 (ViT-B) and 3 (ResNet-50): mean IoU on ADE20K, box AP, mask AP on COCO
 PAPER_DENSE = {"mask": "45.6, 45.3, 40.2", "zoom_in_mask": "46.2, 46.1, 40.9",
                "a2mim": "A2: 49.0, 49.3, 43.5", "a2mim resnet18": "A2: 38.3, 39.8, 34.9"}
@@ -99,87 +106,97 @@ class Claim(NamedTuple):
     name: str
     place: str
     says: str
-    paper: str  # its numbers, in the order of the arms
     sets: str
     measure: str  # of MEASURES
     pairs: list  # (better, worse) arms
-    seeds: int = 1  # of its arms; BASE has three
+    seeds: int = 1  # of its arms; none has three
+    paper: str = ""  # its numbers, if they are not PAPER's
 
     def arms(self):
         return list(dict.fromkeys(itertools.chain(*self.pairs)))
 
 
-def down(*arms):
-    """Each arm better than all that follow."""
-    return [*itertools.combinations(arms, 2)]
+def over(better, *worse):
+    """One arm better than each of the others."""
+    return [(better, other) for other in worse]
 
 
-BOTH, RESNET, GREY = "shapes fashion_mnist", "resnet18", "fashion_mnist"
+BOTH, RESNET, NETWORKS = "shapes fashion_mnist", "resnet18", "shapes resnet18"
 BM_TASKS = "zoom_in_mask", "mask", "zoom_in", "distort", "zoom_out", "blur", "decolor"
-NUMBERS = "83.2, 82.9, 82.7, 82.5, 82.2, 81.8, 81.4, 80.7"
 CLAIMS = [  # what matters most first
-    Claim("integrated", "BM Table 1", "masking and zooming in together beat masking", "83.2, 82.9",
-          BOTH, "top1", [("zoom_in_mask", "mask")], 3),
-    Claim("pays", "BM Table 1", "every task beats random weights", NUMBERS, BOTH, "top1",
+    Claim("integrated", "BM Table 1", "masking and zooming in together beat masking", BOTH, "top1",
+          over("zoom_in_mask", "mask"), 3),
+    Claim("pays", "BM Table 1", "every task beats random weights", BOTH, "top1",
           [(task, "none") for task in BM_TASKS], 3),
-    Claim("order", "BM Table 1", "the tasks' order", NUMBERS, BOTH, "top1",
-          down(*BM_TASKS, "none"), 3),
-    Claim("a2mim", "A2 Table 2", "a2mim beats simmim", "84.2, 83.8", BOTH, "top1",
-          [("a2mim", "simmim")], 3),
-    Claim("a2mim_resnet", "A2 Table 1", "and in a ResNet", "78.8, 78.2", RESNET, "top1",
-          [("a2mim", "simmim")], 3),
-    Claim("gap", "BM Table 3", "the joined task's lead is larger in detection", "46.1, 45.3",
-          "scenes", "box_ap", [("zoom_in_mask", "mask")], 3),
-    Claim("early", "BM Fig. 5", "it leads at a sixth, a third, two thirds of the length",
-          "82.7, 83.0 of zoom_in_mask at 50, 100 epochs; mask at 300: 82.9", BOTH, "top1",
+    Claim("order", "BM Table 1", "the order of the tasks", BOTH, "top1",
+          [*itertools.combinations((*BM_TASKS, "none"), 2)], 3),
+    Claim("a2mim", "A2 Table 2", "a2mim beats simmim", BOTH, "top1", over("a2mim", "simmim"), 3),
+    Claim("a2mim_resnet", "A2 Table 1", "a2mim beats simmim", RESNET, "top1",
+          over("a2mim", "simmim"), 3, "78.8, 78.2"),
+    Claim("gap", "BM Table 3", "masking and zooming in together lead in detection, too", "scenes",
+          "box_ap", over("zoom_in_mask", "mask"), 3, "46.1, 45.3"),
+    Claim("early", "BM Fig. 5", "they lead at 1/6, 1/3 and 2/3 of the length", BOTH, "top1",
           [(f"zoom_in_mask.{n}", f"mask.{n}") for n in LENGTHS], 3),
-    Claim("random", "BM 4.2", "random masks beat a visible block", "82.9, 82.3", BOTH, "top1",
-          [("mask", "mask.block")], 3),
-    Claim("mirror", "BM A.3", "zooming out to a mirrored canvas beats none, black, another image",
-          "82.2, 79.9, 80.0, 80.5", BOTH, "top1",
-          [("zoom_out", f"zoom_out.{fill}") for fill in ("none", "black", "other")], 3),
-    Claim("fill", "A2 5.4", "the mean colour in hidden patches beats zero", "88.14, 87.75",
-          f"shapes {RESNET}", "top1", [("a2mim", "a2mim.zero")], 3),
-    Claim("middle", "A2 Fig. 6", "the token in the middle beats that at the input", "",
-          f"shapes {RESNET}", "top1", [("a2mim", "a2mim.input")], 3),
-    Claim("freq", "A2 Table 5", "the frequency loss helps", "88.73, 88.19; ViT-S 86.41, 85.17",
-          f"shapes {RESNET}", "top1", [("a2mim", "a2mim.no_freq")], 3),
-    Claim("occlusion", "A2 Fig. 1 a-d", "masked modelling stands occlusion, supervision does not",
-          "", "shapes", "kept", [(task, other) for task in ("mask", "zoom_in_mask", "a2mim")
-                                 for other in ("supervised", "none")], 3),
+    Claim("random", "BM 4.2", "random masks beat a visible block", BOTH, "top1",
+          over("mask", "mask.block"), 3),
+    Claim("mirror", "BM A.3", "zooming out: a mirrored canvas beats none, black, another image",
+          BOTH, "top1", over("zoom_out", "zoom_out.none", "zoom_out.black", "zoom_out.other"), 3),
+    Claim("fill", "A2 5.4", "hidden patches: the mean colour beats zero", NETWORKS, "top1",
+          over("a2mim", "a2mim.zero"), 3, "ResNet-50: 88.14, 87.75"),
+    Claim("middle", "A2 Fig. 6", "the token in the middle beats it at the input", NETWORKS, "top1",
+          over("a2mim", "a2mim.input"), 3),
+    Claim("freq", "A2 Table 5", "the frequency loss helps", NETWORKS, "top1",
+          over("a2mim", "a2mim.no_freq"), 3, "ViT-S: 86.41, 85.17; ResNet-50: 88.73, 88.19"),
+    Claim("occlusion", "A2 Fig. 1 a-d", "masked modelling stands occlusion better", "shapes",
+          "kept", [pair for task in ("mask", "zoom_in_mask", "a2mim")
+                   for pair in over(task, "supervised", "none")], 3),
     Claim("fourier", "A2 Fig. 3a", "masked modelling and inpainting filter high frequencies",
-          "", RESNET, "low_pass", [("a2mim", "supervised"), ("mask.hole", "supervised")], 3),
-    Claim("variance", "A2 Fig. 3b", "masked modelling lowers the variance", "", RESNET, "variance",
-          [("a2mim", "supervised"), ("a2mim", "none")]),
-    Claim("interaction", "A2 Fig. 1 e-h", "masked modelling strengthens the middle orders", "",
-          "shapes", "middle", [(task, other) for task in ("mask", "a2mim")
-                               for other in ("supervised", "none")]),
-    Claim("centre", "BM A.3", "zooming into the centre beats a random place", "82.7, 81.5", BOTH,
-          "top1", [("zoom_in", "zoom_in.random")]),
-    Claim("scale_in", "BM Table 2", "160 of 224 pixels are the best to zoom into",
-          "82.7; 96: 82.2, 128: 82.3, 192: 82.5, 208: 82.3", BOTH, "top1",
-          [("zoom_in", f"zoom_in.{n}") for n in (96, 128, 192, 208)]),
-    Claim("inner", "BM A.3", "zooming in beats predicting the outer patches", "82.7, 82.3", BOTH,
-          "top1", [("zoom_in", "mask.inner")]),
-    Claim("scale_out", "BM Table 2", "160 of 224 pixels are the best to zoom out to",
-          "82.2; 96: 81.9, 128: 82.0, 192: 82.1", BOTH, "top1",
-          [("zoom_out", f"zoom_out.{n}") for n in (96, 128, 192)]),
-    Claim("twist", "BM Table 2", "a twist of .20 to .25 is the best", "82.5; weak and strong 82.3",
-          BOTH, "top1", [("distort", "distort.weak"), ("distort", "distort.strong")]),
-    Claim("wave", "BM A.3", "the fisheye beats a wave", "82.1, 81.9", BOTH, "top1",
-          [("distort", "distort.wave")]),
-    Claim("kernel", "BM Table 2", "a blur of 9 x 9 is the best", "81.8; 5: 80.9, 7: 81.5, 11: 81.0",
-          BOTH, "top1", [("blur", f"blur.{k}") for k in (5, 7, 11)]),
-    Claim("kaiming", "BM A.1", "Kaiming's blur is worse than nothing", "", BOTH, "top1",
-          [("none", "blur.kaiming")]),
-    Claim("saturation", "BM Table 2", "30% of the saturation are the best", "81.4; 0, 60%: less",
-          "shapes", "top1", [("decolor", "decolor.0"), ("decolor", "decolor.60")]),
-    Claim("token", "A2 Fig. 6", "adding the token beats replacing by it, and none", "",
-          f"shapes {RESNET}", "top1", [("a2mim", "a2mim.replace"), ("a2mim", "a2mim.no_token")]),
-    Claim("omega", "A2 Table 5", "so do the weights of the frequency loss",
-          "88.73, 88.47; ViT-S 86.41, 86.05", f"shapes {RESNET}", "top1",
-          [("a2mim", "a2mim.no_omega")]),
+          RESNET, "low_pass", [("a2mim", "supervised"), ("mask.hole", "supervised")], 3),
+    Claim("variance", "A2 Fig. 3b", "masked modelling lowers the variance", RESNET, "variance",
+          over("a2mim", "supervised", "none")),
+    Claim("interaction", "A2 Fig. 1 e-h", "masked modelling strengthens the middle orders",
+          "shapes", "middle", [pair for task in ("mask", "a2mim")
+                               for pair in over(task, "supervised", "none")]),
+    Claim("centre", "BM A.3", "zooming in: the centre beats a random place", BOTH, "top1",
+          over("zoom_in", "zoom_in.random")),
+    Claim("scale_in", "BM Table 2", "zooming in: 160 of 224 pixels are best", BOTH, "top1",
+          over("zoom_in", "zoom_in.96", "zoom_in.128", "zoom_in.192", "zoom_in.208")),
+    Claim("inner", "BM A.3", "zooming in beats predicting the outer patches", BOTH, "top1",
+          over("zoom_in", "mask.inner")),
+    Claim("scale_out", "BM Table 2", "zooming out: 160 of 224 pixels are best", BOTH, "top1",
+          over("zoom_out", "zoom_out.96", "zoom_out.128", "zoom_out.192")),
+    Claim("twist", "BM Table 2", "a twist of .20 to .25 is best", BOTH, "top1",
+          over("distort", "distort.weak", "distort.strong")),
+    Claim("wave", "BM A.3", "the fisheye beats a wave", BOTH, "top1",
+          over("distort", "distort.wave")),
+    Claim("kernel", "BM Table 2", "a blur of 9 x 9 is best", BOTH, "top1",
+          over("blur", "blur.5", "blur.7", "blur.11")),
+    Claim("kaiming", "BM A.1", "Kaiming's blur is worse than nothing", BOTH, "top1",
+          over("none", "blur.kaiming")),
+    Claim("saturation", "BM Table 2", "30% of the saturation are best", "shapes", "top1",
+          over("decolor", "decolor.0", "decolor.60")),
+    Claim("token", "A2 Fig. 6", "adding the token beats replacing by it, and none", NETWORKS,
+          "top1", over("a2mim", "a2mim.replace", "a2mim.no_token")),
+    Claim("omega", "A2 Table 5", "weighing the frequencies helps", NETWORKS, "top1",
+          over("a2mim", "a2mim.no_omega"), 1, "ViT-S: 86.41, 86.05; ResNet-50: 88.73, 88.47"),
 ]
+# Figures of several arms: {title: {tick: arm}}
+PANELS = {
+    "BM Table 2: zoom in to": {"96": "zoom_in.96", "128": "zoom_in.128", "160": "zoom_in",
+                               "192": "zoom_in.192", "208": "zoom_in.208"},
+    "BM Table 2: zoom out to": {"96": "zoom_out.96", "128": "zoom_out.128", "160": "zoom_out",
+                                "192": "zoom_out.192"},
+    "BM Table 2: twist from": {".15": "distort.weak", ".20": "distort", ".25": "distort.strong"},
+    "BM Table 2: blur": {"5": "blur.5", "7": "blur.7", "9": "blur", "11": "blur.11"},
+    "BM A.3: round the small image": {"mirror": "zoom_out", "none": "zoom_out.none",
+                                      "black": "zoom_out.black", "other": "zoom_out.other"},
+    "BM Fig. 5: length of zoom_in_mask": {
+        "1/6": "zoom_in_mask.1of6", "1/3": "zoom_in_mask.1of3", "2/3": "zoom_in_mask.2of3",
+        "1": "zoom_in_mask"},
+    "BM Table 1": {t: t for t in ("none", *BM_TASKS[::-1])},
+    "A2 Fig. 6: the token": {"middle": "a2mim", "input": "a2mim.input", "none": "a2mim.no_token",
+                             "replaced": "a2mim.replace"},
+}
 
 
 def options(argv=None):
@@ -413,7 +430,10 @@ def claims_table(results, claims=CLAIMS):
             arms = [arm for arm in claim.arms() if arm in found]
             if any(a in found and b in found for a, b in claim.pairs):
                 ours = ", ".join(f"`{arm}` {spread(found[arm])}" for arm in arms)
-                rows.append([f"{claim.says} ({claim.place})", claim.paper, data,
+                theirs = claim.paper
+                if claim.measure == "top1" and not theirs:
+                    theirs = ", ".join(str(PAPER.get(arm, "-")) for arm in arms)
+                rows.append([f"{claim.says} ({claim.place})", theirs, data,
                              f"{MEASURES[claim.measure]}: {ours}", f"**{verdict(claim, found)}**"])
     return markdown(rows)
 
@@ -480,37 +500,73 @@ def dense_table(results, data):
 # --- The sheet of figures ---
 
 def sheet(args, width=1320):
-    """The six analyses of seed 0 on the built-in pictures, in one picture `width` pixels wide."""
+    """The six analyses of seed 0 on the built-in pictures, in one picture `width` pixels wide: of
+    what is in --out for the ViT, and in occlusion and below for the ResNet.
+    """
     from PIL import Image
 
     import analyze
     import matplotlib  # noqa: F401  without it there is nothing to put together
-    runs, out = args.out / "shapes", args.out / "figures"
-    tasks = ("mask", "zoom_in_mask", "a2mim")
-    before = [runs / f"pretrain-{task}-0" for task in tasks]
-    after = [runs / f"finetune-{task}-0-100-0" for task in (*tasks, "none")]
-    for name, *argv in (["reconstruct", *before, "--rows", 4], ["curves", *before, *after],
-                        ["occlusion", *after], ["interaction", *after],
-                        ["fourier", *before, "none"], ["variance", *before, "none"]):
-        code = analyze.main([name, *map(str, argv), "--resume", "--out", str(out)])
-        pretrain.check(not code, f"{name}: {code}")
-    rows = []
-    for names in ("reconstruct", "curves", "occlusion interaction", "fourier variance"):
-        parts = [Image.open(out / f"{name}.png").convert("RGB") for name in names.split()]
-        row = Image.new("RGB", (sum(x.width for x in parts), max(x.height for x in parts)), "white")
-        for i, x in enumerate(parts):
-            row.paste(x, (i * parts[0].width, 0))
-        size = width, round(row.height * width / row.width)
-        rows.append(row.resize(size, Image.Resampling.LANCZOS))
-    page = analyze.stacked([("", row) for row in rows])
+    tasks = dict(shapes=("mask", "zoom_in_mask", "a2mim"),
+                 resnet18=("simmim", "a2mim", "mask.hole"))
+    rows, out = [], args.out / "figures"
+    for data, arms in tasks.items():
+        runs = args.out / data
+        before = [runs / f"pretrain-{arm}-0" for arm in arms]
+        after = [runs / f"finetune-{arm}-0-100-0" for arm in (*arms, "none")]
+        after.append(runs / "finetune-supervised-0")
+        before, after = ([x for x in some if x.exists()] for some in (before, after))
+        of = dict(reconstruct=[*before, "--rows", 4], curves=[*before, *after], occlusion=after,
+                  interaction=after, fourier=[*before, "none"], variance=[*before, "none"])
+        wanted = ["reconstruct", "curves", "occlusion interaction"]
+        if data == "resnet18":
+            wanted = ["occlusion interaction", "fourier variance"]
+        for names in wanted if before and after else []:
+            parts = []
+            for name in names.split():
+                code = analyze.main([name, *map(str, of[name]), "--resume", "--out",
+                                     str(out / data)])
+                pretrain.check(not code, f"{name}: {code}")
+                parts.append(Image.open(out / data / f"{name}.png").convert("RGB"))
+            size = sum(x.width for x in parts), max(x.height for x in parts)
+            row = Image.new("RGB", size, "white")
+            for i, x in enumerate(parts):
+                row.paste(x, (i * parts[0].width, 0))
+            size = width, round(row.height * width / row.width)
+            rows.append((names + " of a ResNet" * (data == "resnet18"),
+                         row.resize(size, Image.Resampling.LANCZOS)))
+    page = analyze.stacked(rows)
     pretrain.write_whole(out / "figures.png", lambda file: page.save(file, "PNG", optimize=True))
     print(f"drawn: {out / 'figures.png'}")
+
+
+def panels(args):
+    """PANELS on the built-in pictures, ours on the left axis, the paper's on the right."""
+    from matplotlib import pyplot as plt
+    results = json.loads((args.out / "shapes/results.json").read_text())
+    found = by_seed(results, "shapes", "top1")
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
+    for ax, (title, arms) in zip(axes.flat, PANELS.items()):
+        ours = {t: found[arm] for t, arm in arms.items() if arm in found}
+        theirs = {t: PAPER[arm] for t, arm in arms.items() if arm in PAPER and "A2" not in title}
+        ax.set_title(title)
+        ax.set_xticks(range(len(arms)), arms, rotation=45 * (len(arms) > 5))
+        x = [list(arms).index(t) for t in ours]
+        ax.errorbar(x, [statistics.mean(v) for v in ours.values()],
+                    [statistics.stdev(v) if len(v) > 1 else 0 for v in ours.values()], fmt="o-")
+        ax.set_ylabel("ours, 1,000 labels, %", color="C0")
+        if theirs:
+            right = ax.twinx()
+            right.plot([list(arms).index(t) for t in theirs], theirs.values(), "s--", color="C1")
+            right.set_ylabel("the paper's, ImageNet, %", color="C1")
+    pretrain.write_whole(args.out / "figures/claims.png", figure.savefig)
 
 
 def main(argv=None):
     args = options(argv)
     if args.sheet:
-        return sheet(args)
+        sheet(args)
+        return panels(args)
     if args.download:
         pretrain.load_data(pretrain.options(f"--data fashion_mnist --download --root {args.root}"
                                             .split()), pretrain.set_up("cpu"))

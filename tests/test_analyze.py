@@ -371,7 +371,7 @@ def test_a_claim_is_judged_by_its_rule():
                  near=[8.4 - 0.5 ** 0.5, 8.4 + 0.5 ** 0.5])
 
     def judged(*pairs, measure="top1"):
-        claim = claims.Claim("", "", "", "", "shapes", measure, pairs)
+        claim = claims.Claim("", "", "", "shapes", measure, pairs)
         return claims.verdict(claim, found)
     assert judged(("good", "bad")) == "holds"
     assert judged(("bad", "good")) == "does not"
