@@ -364,10 +364,10 @@ def test_what_is_not_finite_is_refused(do, made, tmp_path, name):
 # --- tests/claims.py ---
 
 def test_a_claim_is_judged_by_its_rule():
-    """The pooled deviation is 1 here: of three seeds each a lead of 1.63 is told, of three and two
-    1.83, of three and one 2.31.
+    """The deviation is 1 here: of three seeds each a lead of 2.29 is told, of three and two 2.92,
+    of three and one 4.97.
     """
-    found = dict(good=[9.0, 10.0, 11.0], bad=[7.0, 8.0, 9.0], one=[7.6], near_one=[7.8],
+    found = dict(good=[9.0, 10.0, 11.0], bad=[6.6, 7.6, 8.6], one=[5.0], near_one=[5.1],
                  near=[8.4 - 0.5 ** 0.5, 8.4 + 0.5 ** 0.5])
 
     def judged(*pairs, measure="top1"):
@@ -376,24 +376,31 @@ def test_a_claim_is_judged_by_its_rule():
     assert judged(("good", "bad")) == "holds"
     assert judged(("bad", "good")) == "does not"
     assert judged(("bad", "good"), measure="variance") == "holds"
-    assert judged(("good", "near")) == "cannot be told"
+    assert judged(("good", "near")) == judged(("good", "not there")) == "cannot be told"
     assert judged(("good", "one")) == "holds"
-    assert judged(("good", "near_one")) == "cannot be told"
-    assert judged(("good", "bad"), ("good", "near")) == "holds"
+    assert judged(("good", "near_one")) == judged(("one", "near_one")) == "cannot be told"
+    assert judged(("good", "bad"), ("good", "near")) == "holds: 1 of 2 pairs as in the paper, 0 not"
+    assert judged(("good", "bad"), ("bad", "good")).startswith("in part")
     assert judged(("good", "bad"), ("good", "near"), ("near", "bad")) == "cannot be told"
-    assert judged(("good", "bad"), ("bad", "good")) == "cannot be told"
-    assert claims.verdict(claims.CLAIMS[0], dict(mask=[1.0], zoom_in_mask=[2.0])) \
-        == "cannot be told"
 
 
-def test_every_arm_of_a_claim_is_a_command_that_is_taken(tmp_path):
+def test_every_arm_of_a_claim_is_another_command_that_is_taken(tmp_path):
     """And a claim is tried on sets that are there, by a measure that is there."""
-    args = claims.options(["--out", str(tmp_path), "--seeds", "1"])
-    for data, arm, seed in claims.encoders(args):
-        first, *others = claims.jobs(args, data, arm, seed)
-        if first.argv[0] == "pretrain.py":
-            settled = pretrain.options(first.argv[1:])
-            assert settled.task == arm.split(".")[0] and others
+    args, seen = claims.options(["--out", str(tmp_path), "--seeds", "1"]), set()
+    process = pretrain.set_up("cpu")
+    data = pretrain.MemorySet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), range(30000), range(10),
+                              "")
+    for name, arm, seed in claims.encoders(args):
+        for job in claims.jobs(args, name, arm, seed):
+            script, argv = job.argv[0], job.argv[1:]
+            if script == "pretrain.py":
+                c = pretrain.options(argv)
+                pretrain.settle(c, process, data)
+                ours = str([name, c.task, c.settings, c.token_at, c.token_how, c.freq, c.total])
+                assert c.task == arm.split(".")[0] and ours not in seen
+                seen.add(ours)
+            if script == "analyze.py":
+                assert A.options(argv).runs
     for claim in claims.CLAIMS:
         assert {*claim.sets.split()} <= {*claims.SETS} and claim.measure in claims.MEASURES
 
