@@ -11,6 +11,7 @@ width D has 24 T D^2 + 4 T^2 D. A training step has three times as many: forward
 inputs, the gradient of weights. The peak is that of matrices of 2048 x 2048.
 """
 import functools
+import itertools
 import json
 import math
 import os
@@ -249,11 +250,15 @@ def analyze_():
         views, players = torch.rand(n, 3, S, S, device=device), (S // p) ** 2
         label_of, near = torch.tensor([0], device=device), analyze.near_pairs((S // p, S // p))
 
-        def interactions(dtype=amp):
-            with autocast(dtype):
+        orders = [0, players // 2, players - 2]
+
+        def interactions(pairs_at_once=pairs, orders_at_once=3):
+            with autocast():
                 f = analyze.game(model, views[:1], label_of, p, views[0, :, 0, 0])
-                analyze.interactions(f, players, near[:pairs], [0, players // 2, players - 2],
-                                     contexts, pretrain.seeded(0))
+                for some, few in itertools.product(near[:pairs].split(pairs_at_once),
+                                                   range(0, 3, orders_at_once)):
+                    analyze.interactions(f, players, some, orders[few:few + orders_at_once],
+                                         contexts, pretrain.seeded(0))
 
         def maps(look=analyze.log_amplitude):
             with autocast():
@@ -261,8 +266,8 @@ def analyze_():
         interactions.flop = maps.flop = flops(model, views)
         interactions.shape = [pairs * 4 * (2 + contexts)]  # two orders have one context
         maps.shape = views.shape
-        compare(f"interaction: {label}", interactions, f"float32 / {asked.amp}",
-                lambda: interactions(None), 5)
+        compare(f"interaction: {label}", interactions, "one pair and order at a time / ours",
+                lambda: interactions(1, 1), 5)  # as the published script
         compare(f"fourier: {label}", maps, "variance / fourier",
                 lambda: maps(analyze.spatial_variance), 5)
 

@@ -22,7 +22,8 @@ The rule. Two arms differ when their means differ by more than t standard errors
 their own seeds, t is Student's at 5%: 2.8 for three seeds and three, 4.3 for three and one. A claim
 `holds` if at least half of its pairs differ in the paper's direction and none in the other. It
 `does not` if some differ in the other and none in the paper's; it holds `in part` with both. Else
-it `cannot be told`. An arm of a claim with `seeds` 3 has three pre-training seeds, another one (no ±).
+it `cannot be told`. An arm of a claim with `seeds` 3 has three pre-training seeds, another has one
+(no ±).
 
 Two cores with bf16 take about two days for all, without it a week.
 One arm is at work on each core. Every part is a run in --out/SET. What was stopped goes on where it
