@@ -575,7 +575,7 @@ def sheet(args, width=1320):
             for i, x in enumerate(parts):
                 row.paste(x, (i * parts[0].width, 0))
             size = width, round(row.height * width / row.width)
-            rows.append((names + " of a ResNet" * (data == "resnet18"),
+            rows.append((names.replace(" ", ", ") + ", a ResNet" * (data == "resnet18"),
                          row.resize(size, Image.Resampling.LANCZOS)))
     pretrain.check(rows, f"there are no runs to draw in {args.out}")
     page = analyze.stacked(rows)
@@ -586,8 +586,8 @@ def sheet(args, width=1320):
 def panels(args):
     """PANELS on the built-in pictures, ours on the left axis, the paper's on the right."""
     from matplotlib import pyplot as plt
-    results = json.loads((args.out / "shapes/results.json").read_text())
-    found = by_seed(results, "shapes", "top1")
+    file = args.out / "shapes/results.json"
+    found = by_seed(json.loads(file.read_text()), "shapes", "top1") if file.exists() else {}
     figure, axes = plt.subplots(3, 3, figsize=(14, 12), layout="constrained")
     for ax, (title, arms) in zip(axes.flat, PANELS.items()):
         ours = {t: found[arm] for t, arm in arms.items() if arm in found}
