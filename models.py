@@ -350,9 +350,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Convolution(nn.Conv2d):
-    """A convolution, on a CPU one matrix product where maps are small. With AMX torch's is 1.3 to
-    8 times as slow there (python tests/bench.py memory), and up to 2.14 wrong (3x3, stride 2) on a
-    map 2 wide and 3 or more high: it returns memory that nobody wrote.
+    """A convolution, on a CPU one matrix product where the result has fewer than 64 positions. With
+    AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory), and up to 2.14 is
+    wrong (3x3, stride 2) on a map 2 wide and 3 or more high: it returns memory that nobody wrote.
     """
 
     def __init__(self, channels, out, kernel, stride=1, bias=False):

@@ -11,7 +11,6 @@ width D has 24 T D^2 + 4 T^2 D. A training step has three times as many: forward
 inputs, the gradient of weights. The peak is that of matrices of 2048 x 2048.
 """
 import functools
-import itertools
 import json
 import math
 import os
@@ -252,13 +251,12 @@ def analyze_():
 
         orders = [0, players // 2, players - 2]
 
-        def interactions(pairs_at_once=pairs, orders_at_once=3):
+        def interactions(at_once=pairs, groups=(orders,)):
             with autocast():
                 f = analyze.game(model, views[:1], label_of, p, views[0, :, 0, 0])
-                for some, few in itertools.product(near[:pairs].split(pairs_at_once),
-                                                   range(0, 3, orders_at_once)):
-                    analyze.interactions(f, players, some, orders[few:few + orders_at_once],
-                                         contexts, pretrain.seeded(0))
+                for some in near[:pairs].split(at_once):
+                    for few in groups:
+                        analyze.interactions(f, players, some, few, contexts, pretrain.seeded(0))
 
         def maps(look=analyze.log_amplitude):
             with autocast():
@@ -267,7 +265,7 @@ def analyze_():
         interactions.shape = [pairs * 4 * (2 + contexts)]  # two orders have one context
         maps.shape = views.shape
         compare(f"interaction: {label}", interactions, "one pair and order at a time / ours",
-                lambda: interactions(1, 1), 5)  # as the published script
+                lambda: interactions(1, [[m] for m in orders]), 5)  # as the published script
         compare(f"fourier: {label}", maps, "variance / fourier",
                 lambda: maps(analyze.spatial_variance), 5)
 

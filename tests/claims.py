@@ -25,7 +25,7 @@ their own seeds, t is Student's at 5%: 2.8 for three seeds and three, 4.3 for th
 it `cannot be told`. An arm of a claim with `seeds` 3 has three pre-training seeds, another has one
 (no ±).
 
-Two cores with bf16 take about two days for all, without it a week.
+By estimate two cores with bf16 take two days for all, without it a week.
 One arm is at work on each core. Every part is a run in --out/SET. What was stopped goes on where it
 was. To make an encoder anew, delete what was measured of it too. Numbers are in
 --out/SET/results.json, tables in --out/claims.md.
@@ -365,7 +365,7 @@ class Work:
     """Runs the commands, an encoder on each core."""
 
     def __init__(self, args, todo):
-        self.args, self.results, self.todo = args, {}, todo
+        self.args, self.results = args, {}
         self.lock, self.running, self.stopped = threading.RLock(), [], ""
         for data in SETS:  # what is not asked for now stays in the tables
             file = args.out / data / "results.json"
@@ -437,9 +437,9 @@ def spread(values, digits=1):
 
 def by_seed(results, data, measure):
     """{arm: a number for each pre-training seed}, the mean over its fine-tunings."""
-    found, most = {}, max(SETS[data].get("labels", {0: 0}))
+    found, most = {}, max(SETS[data]["labels"])
     for folder, r in results.items():
-        kind, arm, seed, *more = folder.split("-")
+        _, arm, seed, *more = folder.split("-")
         if measure in r and (measure != "top1" or more[:1] == [str(most)]):
             found.setdefault(arm, {}).setdefault(seed, []).append(r[measure])
     return {arm: [statistics.mean(x) for x in seeds.values()] for arm, seeds in found.items()}
@@ -465,10 +465,10 @@ def verdict(claim, found):
     return "does not" if told[False] else "cannot be told"
 
 
-def claims_table(results, claims=CLAIMS):
+def claims_table(results):
     """{set: {folder: result}} -> Markdown, a row for each claim and set that was tried."""
     rows = [["claim", "the paper's", "on", "ours", "does it hold?"]]
-    for claim in claims:
+    for claim in CLAIMS:
         for data in claim.sets.split():
             found = by_seed(results.get(data, {}), data, claim.measure)
             arms = [arm for arm in claim.arms() if arm in found]
@@ -544,8 +544,8 @@ def dense_table(results, network=""):
 # --- The sheet of figures ---
 
 def sheet(args, width=1320):
-    """The six analyses of seed 0 on the built-in pictures, in one picture `width` pixels wide: of
-    what is in --out for the ViT, and in occlusion and below for the ResNet.
+    """The analyses of what is in --out, seed 0 on the built-in pictures, in one picture `width`
+    pixels wide: four of the ViT, the last four of the ResNet.
     """
     from PIL import Image
 
