@@ -13,13 +13,13 @@ that drops 75% of the patches gets 2.8 times as many, each that much shorter (te
 budget). No setting is tuned to an arm.
 
 An encoder is measured by k-NN and a linear probe (probe.py), and by fine-tuning with 100 labels a
-class (finetune.py). Labels are drawn three times, the same for all encoders, and the mean counts.
-Random weights have another network and other labels in each of their nine fine-tunings. The
-arms of DENSE also segment and detect, those of A2's Fig. 1 are fine-tuned with all labels, and
-`supervised` is that from random weights.
+class (finetune.py), which its seed draws. What else a claim asks for is measured for its arms:
+detection, segmentation, two blocks on frozen tokens, A2's figures. Those of A2's Fig. 1 are
+fine-tuned with all labels, and `supervised` is that from random weights.
 
 The rule. Two arms differ when their means differ by more than t standard errors. The error is of
-their own seeds, t is Student's at 5%: 2.8 for three seeds and three, 4.3 for three and one. A claim
+their own seeds, t is Student's at 5%: 2.8 for three seeds and three, 4.3 for three and one, or
+three and a number that the claim names. A claim
 `holds` if at least half of its pairs differ in the paper's direction and none in the other. It
 `does not` if some differ in the other and none in the paper's; it holds `in part` with both. Else
 it `cannot be told`. An arm of a claim with `seeds` 3 has three pre-training seeds, another has one
@@ -54,14 +54,13 @@ import degrade
 import models
 import pretrain
 
-# Steps where 75% of the patches are dropped, and where fewer are. {labels a class: steps}
-# and {head: (size, steps)} of scenes, for the arms of DENSE
-SETS = {"shapes": dict(size=32, steps=(4200, 1500), labels={100: 500},
-                       heads=dict(segment=(48, 400), detect=(64, 500))),
-        "resnet18": dict(size=64, patch=8, model="resnet18", steps=(1000, 1000), labels={100: 500},
-                         heads=dict(segment=(64, 400), detect=(128, 500))),
-        "fashion_mnist": dict(size=32, steps=(4200, 1500), labels={20: 250, 100: 500})}
-DRAWS = 3
+# Steps where 75% of the patches are dropped, and where fewer are
+SETS = {"shapes": dict(size=32, steps=(2100, 750)),
+        "resnet18": dict(size=64, patch=8, model="resnet18", steps=(500, 500)),
+        "fashion_mnist": dict(size=32, steps=(4200, 1500))}  # less pays later there
+LABELS = 100  # a class
+# What a claim's measure asks for, of scenes: the head, the size, the steps
+HEADS = dict(miou=("segment", 48, 400), box_ap=("detect", 64, 500))
 # ImageNet top-1 of ViT-B/16 by arm: BM Table 1 (distort: Table 2, with missing pixels), A2 Table 2
 PAPER = {"none": 80.7, "mask": 82.9, "zoom_in": 82.7, "zoom_out": 82.2, "distort": 82.5,
          "blur": 81.8, "decolor": 81.4, "zoom_in_mask": 83.2, "simmim": 83.8, "a2mim": 84.2,
@@ -76,7 +75,6 @@ PAPER = {"none": 80.7, "mask": 82.9, "zoom_in": 82.7, "zoom_out": 82.2, "distort
 PAPER_DENSE = {"mask": "45.6, 45.3, 40.2", "zoom_in": "44.8, 44.2, 39.4",
                "zoom_in_mask": "46.2, 46.1, 40.9",
                "a2mim": "A2: 49.0, 49.3, 43.5", "a2mim resnet18": "A2: 38.3, 39.8, 34.9"}
-DENSE = ("none", "mask", "zoom_in", "zoom_in_mask", "a2mim")
 
 # TASK.NAME: the settings of an arm. [n]: so many of 224 pixels.
 VARIANTS = {
@@ -90,18 +88,24 @@ VARIANTS = {
     **{f"blur.{k}": f"--blur_kernel {k}" for k in (5, 7, 11)},
     "blur.kaiming": "--blur_init kaiming",
     "decolor.0": "--saturation 0", "decolor.60": "--saturation 0.6",
-    "a2mim.zero": "--fill zero", "a2mim.input": "--token_at input",
-    "a2mim.no_token": "--token_at none", "a2mim.replace": "--token_how replace",
-    # A2 Table 5: without the token, as its first three rows
+    # A2 Fig. 6: from SimMIM to A2MIM, without its frequency loss
+    "simmim.mean": "--fill mean",
+    "simmim.input": "--fill mean --token_how add",
+    "simmim.middle": "--fill mean --token_how add --token_at middle",
+    "simmim.replace": "--fill mean --token_at middle",
+    "simmim.zero": "--fill zero --token_how add --token_at middle",
+    # A2 Table 5: its first three rows are without the token
     "a2mim.no_freq": "--token_at none --freq_weight 0",
     "a2mim.no_omega": "--token_at none --freq_alpha 0",
+    "a2mim.no_token": "--token_at none",
 }
 LENGTHS = {f"{n}of{m}": Fraction(n, m) for n, m in ((1, 6), (1, 3), (2, 3))}  # TASK.LENGTH
 # What a claim is about: the key in a result, and its name.
 MEASURES = dict(top1="fine-tuned", linear="linear probe", box_ap="box AP", miou="mean IoU",
+                mended="of the probe's errors, mended, %",
                 kept="accuracy kept, half dropped",
                 middle="middle orders", low_pass="high frequencies", variance="variance")
-LESS = ("low_pass", "variance")  # the better has less of it
+LESS = ("low_pass", "variance", "mended")  # the better has less of it
 # Student's t at 5%, two-sided, by degrees of freedom: the seeds of both arms, less two
 STUDENT = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8}
 # analyze.py's commands, what is taken from their numbers {..} of one run, and of which runs: those
@@ -121,12 +125,12 @@ class Claim(NamedTuple):
     says: str
     sets: str
     measure: str  # of MEASURES
-    pairs: list  # (better, worse) arms
+    pairs: list  # (better, worse) arms; the worse may be a number
     seeds: int = 1  # of its arms; none has three
     paper: str = ""  # its numbers, if they are not PAPER's
 
     def arms(self):
-        return list(dict.fromkeys(itertools.chain(*self.pairs)))
+        return list(dict.fromkeys(x for x in itertools.chain(*self.pairs) if isinstance(x, str)))
 
 
 def over(better, *worse):
@@ -146,11 +150,7 @@ CLAIMS = [  # what matters most first
     Claim("a2mim", "A2 Table 2", "a2mim beats simmim", BOTH, "top1", over("a2mim", "simmim"), 3),
     Claim("a2mim_resnet", "A2 Table 1", "a2mim beats simmim", RESNET, "top1",
           over("a2mim", "simmim"), 3, "ResNet-50: 78.8, 78.2"),
-    Claim("gap", "BM Table 3", "masking and zooming in together lead in detection, too", "shapes",
-          "box_ap", over("zoom_in_mask", "mask"), 3, "46.1, 45.3"),
-    Claim("gap_pixels", "BM Table 3", "and in segmentation", "shapes", "miou",
-          over("zoom_in_mask", "mask"), 3, "46.2, 45.6"),
-    Claim("linear", "BM 5", "and in a linear probe", BOTH, "linear",
+    Claim("linear", "BM 5", "they beat it in a linear probe, too", BOTH, "linear",
           over("zoom_in_mask", "mask"), 3, "63.1, 61.5"),
     Claim("linear_resnet", "A2 Table 1", "a2mim beats simmim in a linear probe", RESNET, "linear",
           over("a2mim", "simmim"), 3, "ResNet-50: 48.1, 47.5"),
@@ -162,10 +162,18 @@ CLAIMS = [  # what matters most first
           over("mask", "mask.block"), 3),
     Claim("mirror", "BM A.3", "zooming out: a mirrored canvas beats none, black, another image",
           BOTH, "top1", over("zoom_out", "zoom_out.none", "zoom_out.black", "zoom_out.other"), 3),
+    Claim("gap", "BM Table 3", "the order in detection", "shapes", "box_ap",
+          [*itertools.combinations(("zoom_in_mask", "mask", "zoom_in"), 2)], 3,
+          "46.1, 45.3, 44.2"),
+    Claim("gap_pixels", "BM Table 3", "and in segmentation", "shapes", "miou",
+          [*itertools.combinations(("zoom_in_mask", "mask", "zoom_in"), 2)], 3,
+          "46.2, 45.6, 44.8"),
     Claim("fill", "A2 5.4", "hidden patches: the mean colour beats zero", NETWORKS, "top1",
-          over("a2mim", "a2mim.zero"), 3, "ResNet-50: 88.14, 87.75"),
+          over("simmim.middle", "simmim.zero"), 3, "bars, no numbers"),
+    Claim("fill_simmim", "A2 5.4", "the mean colour under SimMIM's token beats zero", RESNET,
+          "top1", over("simmim.mean", "simmim"), 3, "ResNet-50: 88.14, 87.75"),
     Claim("middle", "A2 Fig. 6", "the token in the middle beats it at the input", NETWORKS, "top1",
-          over("a2mim", "a2mim.input"), 3, "bars, no numbers"),
+          over("simmim.middle", "simmim.input"), 3, "bars, no numbers"),
     Claim("freq", "A2 Table 5", "the frequency loss helps", NETWORKS, "top1",
           over("a2mim.no_token", "a2mim.no_freq"), 3,
           "ViT-S: 86.41, 85.17; ResNet-50: 88.73, 88.19"),
@@ -197,9 +205,13 @@ CLAIMS = [  # what matters most first
           over("none", "blur.kaiming")),
     Claim("saturation", "BM Table 2", "30% of the saturation are best", "shapes", "top1",
           over("decolor", "decolor.0", "decolor.60")),
-    Claim("token", "A2 Fig. 6, Table 5", "adding the token beats replacing by it, and none",
-          NETWORKS, "top1", over("a2mim", "a2mim.replace", "a2mim.no_token"), 1,
-          "ViT-S: 86.62, -, 86.41; ResNet-50: 88.86, -, 88.73"),
+    Claim("adding", "A2 Fig. 6", "adding the token beats replacing by it", NETWORKS, "top1",
+          over("simmim.middle", "simmim.replace"), 1, "bars, no numbers"),
+    Claim("token", "A2 Table 5", "the token helps", NETWORKS, "top1",
+          over("a2mim", "a2mim.no_token"), 1, "ViT-S: 86.62, 86.41; ResNet-50: 88.86, 88.73"),
+    Claim("blocks", "BM 5", "two blocks on frozen tokens mend less than a tenth of the linear "
+          "probe's errors", "shapes", "mended", [("mask", 10.0), ("zoom_in_mask", 10.0)], 3,
+          "4.7 (61.5 to 63.3), 4.3 (63.1 to 64.7)"),
     Claim("omega", "A2 Table 5", "weighing the frequencies helps", NETWORKS, "top1",
           over("a2mim.no_token", "a2mim.no_omega"), 1,
           "ViT-S: 86.41, 86.05; ResNet-50: 88.73, 88.47"),
@@ -220,8 +232,9 @@ PANELS = {
     "BM Fig. 5: length of mask": {
         "1/6": "mask.1of6", "1/3": "mask.1of3", "2/3": "mask.2of3", "1": "mask"},
     "BM Table 1": {t: t for t in ("none", *BM_TASKS[::-1])},
-    "A2 Fig. 6: the token": {"middle": "a2mim", "input": "a2mim.input", "none": "a2mim.no_token",
-                             "replaced": "a2mim.replace"},
+    "A2 Fig. 6: the token": {"SimMIM's": "simmim", "added": "simmim.input",
+                             "in the middle": "simmim.middle", "and replacing": "simmim.replace",
+                             "over zero": "simmim.zero"},
 }
 
 
@@ -299,22 +312,22 @@ def jobs(args, data, arm, seed):
         text = re.sub(r"\[(\d+)\]", lambda m: str(round(int(m[1]) * size / 224)), text)
         more = f"--task {task} --batch_size 128 --lr 3e-3 --save_every 1000"
         add("pretrain", "", steps * LENGTHS.get(variant, 1), seed, *more.split(), *text.split())
-    for head, (side, n) in (d.get("heads", {}) if arm in DENSE else {}).items():
-        add("finetune", f"-{head}", n, seed, "--weights", weights, "--head", head,
-            "--img_size", side, "--save_every", 100000, on="scenes")
+    wanted = {c.measure for c in args.claims
+              if data in c.sets.split() and arm in c.arms() and seed < c.seeds}
     if arm != "supervised":
         add("probe", "", None, seed, "--weights", weights)
-        for (k, n), draw in itertools.product(d["labels"].items(), range(DRAWS)):
-            first = DRAWS * seed if arm == "none" else 0  # a network of its own for each
-            add("finetune", f"-{k}-{draw}", n, first + draw, "--weights", weights,
-                "--labels", k, "--save_every", 100000)
-    wanted = [c.measure for c in args.claims if c.measure in FIGURES and data in c.sets.split()
-              and arm in c.arms() and seed < c.seeds]
-    tuned = weights
-    if arm == "supervised" or any(FIGURES[measure][2] for measure in wanted):  # with all labels
+        add("finetune", f"-{LABELS}", 500, seed, "--weights", weights, "--labels", LABELS,
+            "--save_every", 100000)
+    if "mended" in wanted:
+        add("probe", "-blocks", None, seed, "--weights", weights, "--blocks", 2)
+    for head, side, n in (HEADS[x] for x in HEADS if x in wanted):
+        add("finetune", f"-{head}", n, seed, "--weights", weights, "--head", head,
+            "--img_size", side, "--save_every", 100000, on="scenes")
+    figures, tuned = [x for x in FIGURES if x in wanted], weights
+    if arm == "supervised" or any(FIGURES[x][2] for x in figures):  # with all labels
         add("finetune", "-all", 2 * steps, seed, "--weights", weights, "--save_every", 100000)
         tuned = found[-1].folder
-    for measure in wanted:
+    for measure in figures:
         name, _, of_tuned = FIGURES[measure]
         of = tuned if of_tuned or arm == "supervised" else weights
         argv = ["analyze.py", name, of, *machine]
@@ -344,6 +357,9 @@ def result(job):
         encoder, file = Path(config["weights"], "checkpoint.pt"), folder / "result.json"
         if file.exists():
             found |= json.loads(file.read_text())
+            if "nonlinear" in found:  # the plain probe has the rest
+                linear, _ = found.pop("linear"), found.pop("knn")
+                found["mended"] = 100 * (found["nonlinear"] - linear) / (100 - linear)
         else:  # a pre-training
             found |= json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
             found.update(task=config["task"], steps=models.read_weights(folder)["step"],
@@ -435,14 +451,14 @@ def spread(values, digits=1):
     return f"{statistics.mean(values):.{digits}f}{more}"
 
 
-def by_seed(results, data, measure):
-    """{arm: a number for each pre-training seed}, the mean over its fine-tunings."""
-    found, most = {}, max(SETS[data]["labels"])
+def by_seed(results, measure):
+    """{arm: a number for each pre-training seed}"""
+    found = {}
     for folder, r in results.items():
         _, arm, seed, *more = folder.split("-")
-        if measure in r and (measure != "top1" or more[:1] == [str(most)]):
-            found.setdefault(arm, {}).setdefault(seed, []).append(r[measure])
-    return {arm: [statistics.mean(x) for x in seeds.values()] for arm, seeds in found.items()}
+        if measure in r and (measure != "top1" or more == [str(LABELS)]):
+            found.setdefault(arm, []).append(r[measure])
+    return found
 
 
 def verdict(claim, found):
@@ -450,10 +466,13 @@ def verdict(claim, found):
     told = {True: 0, False: 0}
     for better, worse in claim.pairs:
         a, b = found.get(better, ()), found.get(worse, ())
+        number = isinstance(worse, float)  # without an error
+        if number:
+            b = [worse]
         freedom = len(a) + len(b) - 2
         if a and b and freedom:
             squares = sum((len(x) - 1) * statistics.variance(x) for x in (a, b) if len(x) > 1)
-            error = math.sqrt(squares / freedom * (1 / len(a) + 1 / len(b)))
+            error = math.sqrt(squares / freedom * (1 / len(a) + (not number) / len(b)))
             lead = statistics.mean(a) - statistics.mean(b)
             if abs(lead) > STUDENT[min(freedom, 4)] * error:
                 told[(lead > 0) != (claim.measure in LESS)] += 1
@@ -470,9 +489,9 @@ def claims_table(results):
     rows = [["claim", "the paper's", "on", "ours", "does it hold?"]]
     for claim in CLAIMS:
         for data in claim.sets.split():
-            found = by_seed(results.get(data, {}), data, claim.measure)
+            found = by_seed(results.get(data, {}), claim.measure)
             arms = [arm for arm in claim.arms() if arm in found]
-            if any(a in found and b in found for a, b in claim.pairs):
+            if any(a in found and (b in found or isinstance(b, float)) for a, b in claim.pairs):
                 digits = 2 if claim.measure in LESS else 1
                 ours = ", ".join(f"`{arm}` {spread(found[arm], digits)}" for arm in arms)
                 theirs = claim.paper
@@ -485,26 +504,24 @@ def claims_table(results):
 
 def table(results, data):
     """{folder: result} -> Markdown, the tasks by their accuracy with the most labels."""
-    labels, found = SETS[data]["labels"], {}
+    labels = {int(x) for x in re.findall(r"finetune-\S+-\d-(\d+)", " ".join(results))}
+    found, most = {}, max(labels, default=None)
     for folder, r in results.items():
         kind, task, *more = folder.split("-")
         names = {"pretrain": ["images"], "probe": ["knn", "linear"],
                  "finetune": ["top1"] * more[-1].isdecimal()}.get(kind, [])
         for name in names * ("." not in task):
             key = int(more[1]) if kind == "finetune" else name
-            found.setdefault(task, {}).setdefault(key, []).append(r[name])
-    best = {t: statistics.mean(row[max(labels)]) for t, row in found.items() if max(labels) in row}
+            if name in r:
+                found.setdefault(task, {}).setdefault(key, []).append(r[name])
+    best = {t: statistics.mean(row[most]) for t, row in found.items() if most in row}
     order = sorted(best, key=lambda t: -best[t])
     paper_of = PAPER if "model" not in SETS[data] else dict(simmim=78.2, a2mim=78.8)  # A2 Table 1
     ours = [t for t in order if t in paper_of and t not in ("simmim", "a2mim")]
     paper = sorted(ours, key=lambda t: -paper_of[t])
 
-    def cell(row, k):  # it says how many draws it lacks
-        draws, wanted = row[k], DRAWS * len(row["knn"])
-        return spread(draws) + (f" ({len(draws)} of {wanted})" if len(draws) < wanted else "")
-
     rows = [["pre-training", "seeds", "images", "k-NN", "linear probe",
-             *(f"{k * 10:,} labels" for k in labels), "place", "BM's place among these (ImageNet)"]]
+             *(f"{k * 10:,} labels" for k in sorted(labels)), "place", "BM's place among these (ImageNet)"]]
     for t in order:
         row, name, places = found[t], t, ["", f"A2: {paper_of[t]}" if t in paper_of else ""]
         if "images" in row:
@@ -512,7 +529,7 @@ def table(results, data):
         if t in ours:
             places = [ours.index(t) + 1, f"{paper.index(t) + 1} ({paper_of[t]})"]
         rows.append([name, len(row["knn"]), f"{row.get('images', [0])[0]:,}", spread(row["knn"]),
-                     spread(row["linear"]), *(cell(row, k) for k in labels), *places])
+                     spread(row["linear"]), *(spread(row[k]) for k in sorted(labels)), *places])
     return markdown(rows)
 
 
@@ -587,7 +604,7 @@ def panels(args):
     """PANELS on the built-in pictures, ours on the left axis, the paper's on the right."""
     from matplotlib import pyplot as plt
     file = args.out / "shapes/results.json"
-    found = by_seed(json.loads(file.read_text()), "shapes", "top1") if file.exists() else {}
+    found = by_seed(json.loads(file.read_text()), "top1") if file.exists() else {}
     figure, axes = plt.subplots(3, 3, figsize=(14, 12), layout="constrained")
     for ax, (title, arms) in zip(axes.flat, PANELS.items()):
         ours = {t: found[arm] for t, arm in arms.items() if arm in found}

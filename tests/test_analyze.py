@@ -382,6 +382,8 @@ def test_a_claim_is_judged_by_its_rule():
     assert judged(("good", "bad"), ("good", "near")) == "holds: 1 of 2 pairs as in the paper, 0 not"
     assert judged(("good", "bad"), ("bad", "good")).startswith("in part")
     assert judged(("good", "bad"), ("good", "near"), ("near", "bad")) == "cannot be told"
+    assert judged(("good", 7.5)) == "holds" and judged(("bad", 10.1)) == "does not"
+    assert judged(("good", 7.6)) == judged(("one", 0.0)) == "cannot be told"
 
 
 def test_every_arm_of_a_claim_is_another_command_that_is_taken(tmp_path):
@@ -408,8 +410,8 @@ def test_every_arm_of_a_claim_is_another_command_that_is_taken(tmp_path):
 def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monkeypatch, capfd):
     good = ("import json, pathlib, sys; o = pathlib.Path(sys.argv[-1]); o.mkdir(exist_ok=True)\n"
             "for name in ('config', 'result'): (o / f'{name}.json').open('a').write(json.dumps("
-            "dict(weights='none', knn=1, linear=2, top1=int(o.name[-1]))))")  # not twice
-    runs = "probe-none-0", "finetune-none-0-100-0", "finetune-none-0-100-1"
+            "dict(weights='none', knn=1, linear=2, top1=int(o.name.split('-')[2]))))")  # not twice
+    runs = "probe-none-0", "finetune-none-0-100", "finetune-none-1-100"
     argv, out = f"--data shapes --out {tmp_path}".split(), tmp_path / "shapes"
     monkeypatch.setattr(claims, "encoders", lambda args: [("shapes", "none", 0)])
     for code, bad in ((1, "raise OSError('a full disk')"), (0, good)):
@@ -419,7 +421,7 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
         assert pretrain.command(claims.main, argv) == code
         assert (f"{runs[1]}: OSError: a full disk" in capfd.readouterr().err) == code
         assert (out / runs[2]).exists() != code
-    row = "| none | 1 | 0 | 1.0 | 2.0 | 0.5 ± 0.7 (2 of 3) | 1 | 1 (80.7) |"
+    row = "| none | 1 | 0 | 1.0 | 2.0 | 0.5 ± 0.7 | 1 | 1 (80.7) |"
     assert row in (tmp_path / "claims.md").read_text()
 
 
