@@ -561,40 +561,39 @@ def dense_table(results, network=""):
 # --- The sheet of figures ---
 
 def sheet(args, width=1320):
-    """The analyses of what is in --out, seed 0 on the built-in pictures, in one picture `width`
-    pixels wide: four of the ViT, the last four of the ResNet.
+    """What is in --out, seed 0, in one picture `width` pixels wide: what the encoders of the
+    built-in pictures recover and how they learned, then the analyses that claims have measured, of
+    the ViT and of the ResNet.
     """
     from PIL import Image
 
     import analyze
     import matplotlib  # noqa: F401  without it there is nothing to put together
-    tasks = dict(shapes=("mask", "zoom_in_mask", "a2mim"),
-                 resnet18=("simmim", "a2mim", "mask.hole"))
-    rows, out = [], args.out / "figures"
-    for data, arms in tasks.items():
-        runs = args.out / data
-        before = [runs / f"pretrain-{arm}-0" for arm in arms]
-        after = [runs / f"finetune-{arm}-0-all" for arm in (*arms, "supervised")]
-        before, after = ([x for x in some if x.exists()] for some in (before, after))
-        maps = [*before, *(x for x in after if "supervised" in x.name), "none"]
-        of = dict(reconstruct=[*before, "--rows", 4], curves=[*before, *after], occlusion=after,
-                  interaction=after, fourier=maps, variance=maps)
-        wanted = ["reconstruct", "curves", "occlusion interaction"]
-        if data == "resnet18":
-            wanted = ["occlusion interaction", "fourier variance"]
-        for names in wanted if before and after else []:
-            parts = []
-            for name in names.split():
-                analyze.main([name, *map(str, of[name]), "--resume", "--out", str(out / data)])
-                parts.append(Image.open(out / data / f"{name}.png").convert("RGB"))
-            size = sum(x.width for x in parts), max(x.height for x in parts)
-            row = Image.new("RGB", size, "white")
-            for i, x in enumerate(parts):
-                row.paste(x, (i * parts[0].width, 0))
-            size = width, round(row.height * width / row.width)
-            rows.append((names.replace(" ", ", ") + ", a ResNet" * (data == "resnet18"),
-                         row.resize(size, Image.Resampling.LANCZOS)))
-    pretrain.check(rows, f"there are no runs to draw in {args.out}")
+    out, drawn = args.out / "figures", []
+    out.mkdir(parents=True, exist_ok=True)
+    runs = [args.out / "shapes" / f"pretrain-{arm}-0" for arm in ("mask", "zoom_in_mask", "a2mim")]
+    runs = [str(x) for x in runs if (x / "checkpoint.pt").exists()]
+    for name, more in dict(reconstruct=["--rows", "4"], curves=[]).items() if runs else ():
+        analyze.main([name, *runs, *more, "--resume", "--out", str(out)])
+        drawn.append((name, out / f"{name}.png"))
+    for data, name in itertools.product(("shapes", "resnet18"),
+                                        ("occlusion interaction", "fourier variance")):
+        panels, file = [], out / f"{name} {data}.png"
+        for one in name.split():
+            found = {}
+            for numbers in sorted((args.out / data).glob(f"{one}-*-0/{one}.json")):
+                run, = json.loads(numbers.read_text())["runs"].values()
+                found[numbers.parent.name.split("-")[1]] = run
+            panels += analyze.NAMES[one][2](found) if found else []
+        if panels:
+            analyze.draw(panels, file)
+            drawn.append((f"{name}, {SETS[data].get('model', 'vit_micro')}", file))
+    pretrain.check(drawn, f"there are no runs to draw in {args.out}")
+    rows = []
+    for title, file in drawn:
+        x = Image.open(file).convert("RGB")
+        size = width, round(x.height * width / x.width)
+        rows.append((title, x.resize(size, Image.Resampling.LANCZOS)))
     page = analyze.stacked(rows)
     pretrain.write_whole(out / "figures.png", lambda file: page.save(file, "PNG", optimize=True))
     print(f"drawn: {out / 'figures.png'}")
