@@ -18,19 +18,18 @@ detection, segmentation, two blocks on frozen tokens, A2's figures. Those of A2'
 fine-tuned with all labels, and `supervised` is that from random weights.
 
 The rule. Two arms differ when their means differ by more than t standard errors. The error is of
-their own seeds, t is Student's at 5%: 2.8 for three seeds and three, 4.3 for three and one, or
-three and a number that the claim names. A claim
-`holds` if at least half of its pairs differ in the paper's direction and none in the other. It
-`does not` if some differ in the other and none in the paper's; it holds `in part` with both. Else
-it `cannot be told`. An arm of a claim with `seeds` 3 has three pre-training seeds, another has one
-(no ±).
+the deviation over seeds, pooled: an arm of one seed is given the other's. t is Student's at 5%: 2.8
+for three seeds and three, 4.3 for three and one, or three and a number that the claim names. A
+claim `holds` if at least half of its pairs differ in the paper's direction and none in the other.
+It `does not` if some differ in the other and none in the paper's; it holds `in part` with both.
+Else it `cannot be told`. An arm of a claim with `seeds` 3 has three pre-training seeds, another has
+one (no ±).
 
 By estimate two cores with bf16 take two days for all, without it a week.
 One arm is at work on each core. Every part is a run in --out/SET. What was stopped goes on where it
 was. To make an encoder anew, delete what was measured of it too. Numbers are in
 --out/SET/results.json, tables in --out/claims.md.
 """
-import collections
 import concurrent.futures
 import itertools
 import json
@@ -43,7 +42,6 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +76,7 @@ PAPER_DENSE = {"mask": "45.6, 45.3, 40.2", "zoom_in": "44.8, 44.2, 39.4",
 
 # TASK.NAME: the settings of an arm. [n]: so many of 224 pixels.
 VARIANTS = {
-    "mask.block": "--mask_kind block", "mask.hole": "--mask_kind hole --mask_ratio 0.25",
+    "mask.block": "--mask_kind block", "a2mim.hole": "--mask_kind hole --mask_ratio 0.25",
     "mask.inner": "--mask_kind center --mask_ratio 0.49",
     "zoom_in.random": "--zoom_at random", "distort.wave": "--warp wave",
     **{f"zoom_in.{n}": f"--zoom_size [{n}]" for n in (96, 128, 192, 208)},
@@ -89,7 +87,7 @@ VARIANTS = {
     "blur.kaiming": "--blur_init kaiming",
     "decolor.0": "--saturation 0", "decolor.60": "--saturation 0.6",
     # A2 Fig. 6: from SimMIM to A2MIM, without its frequency loss
-    "simmim.mean": "--fill mean",
+    "simmim.mean": "--fill mean --token_at none",
     "simmim.input": "--fill mean --token_how add",
     "simmim.middle": "--fill mean --token_how add --token_at middle",
     "simmim.replace": "--fill mean --token_at middle",
@@ -99,12 +97,13 @@ VARIANTS = {
     "a2mim.no_omega": "--token_at none --freq_alpha 0",
     "a2mim.no_token": "--token_at none",
 }
-LENGTHS = {f"{n}of{m}": Fraction(n, m) for n, m in ((1, 6), (1, 3), (2, 3))}  # TASK.LENGTH
+LENGTHS = {"1of6": 1 / 6, "1of3": 1 / 3, "2of3": 2 / 3}  # TASK.LENGTH
 # What a claim is about: the key in a result, and its name.
-MEASURES = dict(top1="fine-tuned", linear="linear probe", box_ap="box AP", miou="mean IoU",
-                mended="of the probe's errors, mended, %",
+MEASURES = dict(top1="fine-tuned", linear="linear probe", mended="of the probe's errors, mended, %",
                 kept="accuracy kept, half dropped",
-                middle="middle orders", low_pass="high frequencies", variance="variance")
+                middle="middle orders", low_pass="high frequencies", variance="variance",
+                **{"box_ap-top1": "box AP less fine-tuned",
+                   "miou-top1": "mean IoU less fine-tuned"})
 LESS = ("low_pass", "variance", "mended")  # the better has less of it
 # Student's t at 5%, two-sided, by degrees of freedom: the seeds of both arms, less two
 STUDENT = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8}
@@ -126,7 +125,7 @@ class Claim(NamedTuple):
     sets: str
     measure: str  # of MEASURES
     pairs: list  # (better, worse) arms; the worse may be a number
-    seeds: int = 1  # of its arms; none has three
+    seeds: int = 1  # of its arms; `none` has three
     paper: str = ""  # its numbers, if they are not PAPER's
 
     def arms(self):
@@ -150,45 +149,43 @@ CLAIMS = [  # what matters most first
     Claim("a2mim", "A2 Table 2", "a2mim beats simmim", BOTH, "top1", over("a2mim", "simmim"), 3),
     Claim("a2mim_resnet", "A2 Table 1", "a2mim beats simmim", RESNET, "top1",
           over("a2mim", "simmim"), 3, "ResNet-50: 78.8, 78.2"),
-    Claim("linear", "BM 5", "they beat it in a linear probe, too", BOTH, "linear",
+    Claim("linear", "BM 5", "zoom_in_mask beats mask in a linear probe", BOTH, "linear",
           over("zoom_in_mask", "mask"), 3, "63.1, 61.5"),
     Claim("linear_resnet", "A2 Table 1", "a2mim beats simmim in a linear probe", RESNET, "linear",
           over("a2mim", "simmim"), 3, "ResNet-50: 48.1, 47.5"),
-    Claim("early", "BM Fig. 5", "they lead at 1/6, 1/3, 2/3 of the length, and with 1/3 masking's "
-          "full length", BOTH, "top1",
+    Claim("early", "BM Fig. 5", "zoom_in_mask beats mask at 1/6, 1/3, 2/3 of the length, and at "
+          "1/3 its full length", BOTH, "top1",
           [*((f"zoom_in_mask.{n}", f"mask.{n}") for n in LENGTHS), ("zoom_in_mask.1of3", "mask")],
           3),
     Claim("random", "BM 4.2", "random masks beat a visible block", BOTH, "top1",
           over("mask", "mask.block"), 3),
     Claim("mirror", "BM A.3", "zooming out: a mirrored canvas beats none, black, another image",
           BOTH, "top1", over("zoom_out", "zoom_out.none", "zoom_out.black", "zoom_out.other"), 3),
-    Claim("gap", "BM Table 3", "the order in detection", "shapes", "box_ap",
-          [*itertools.combinations(("zoom_in_mask", "mask", "zoom_in"), 2)], 3,
-          "46.1, 45.3, 44.2"),
-    Claim("gap_pixels", "BM Table 3", "and in segmentation", "shapes", "miou",
-          [*itertools.combinations(("zoom_in_mask", "mask", "zoom_in"), 2)], 3,
-          "46.2, 45.6, 44.8"),
-    Claim("fill", "A2 5.4", "hidden patches: the mean colour beats zero", NETWORKS, "top1",
-          over("simmim.middle", "simmim.zero"), 3, "bars, no numbers"),
-    Claim("fill_simmim", "A2 5.4", "the mean colour under SimMIM's token beats zero", RESNET,
+    Claim("gap", "BM 4.4", "the gaps are larger in detection", "shapes", "box_ap-top1",
+          [("zoom_in_mask", "mask"), ("mask", "zoom_in")], 3, "-37.1, -37.6, -38.5"),
+    Claim("gap_pixels", "BM 4.4", "the gaps are larger in segmentation", "shapes", "miou-top1",
+          [("zoom_in_mask", "mask"), ("mask", "zoom_in")], 3, "-37.0, -37.3, -37.9"),
+    Claim("fill", "A2 5.4", "hidden patches: the mean colour beats SimMIM's token", NETWORKS,
           "top1", over("simmim.mean", "simmim"), 3, "ResNet-50: 88.14, 87.75"),
+    Claim("zero", "A2 Fig. A2", "under the token the mean colour beats zero", NETWORKS, "top1",
+          over("simmim.middle", "simmim.zero"), 3),
     Claim("middle", "A2 Fig. 6", "the token in the middle beats it at the input", NETWORKS, "top1",
-          over("simmim.middle", "simmim.input"), 3, "bars, no numbers"),
+          over("simmim.middle", "simmim.input"), 3),
     Claim("freq", "A2 Table 5", "the frequency loss helps", NETWORKS, "top1",
           over("a2mim.no_token", "a2mim.no_freq"), 3,
           "ViT-S: 86.41, 85.17; ResNet-50: 88.73, 88.19"),
-    Claim("occlusion", "A2 Fig. 1 a, b", "masked modelling stands occlusion better", "shapes",
+    Claim("occlusion", "A2 Fig. 1 a", "masked modelling stands occlusion better", "shapes",
           "kept", [(task, "supervised") for task in ("mask", "zoom_in_mask", "a2mim")], 3),
-    Claim("occlusion_resnet", "A2 Fig. 1 c, d", "masked modelling stands occlusion better", RESNET,
+    Claim("occlusion_resnet", "A2 Fig. 1 c", "masked modelling stands occlusion better", RESNET,
           "kept", over("a2mim", "supervised"), 3),
     Claim("fourier", "A2 Fig. 3a", "masked modelling and inpainting filter high frequencies",
-          RESNET, "low_pass", [("a2mim", "supervised"), ("mask.hole", "supervised")], 3),
+          RESNET, "low_pass", [("a2mim", "supervised"), ("a2mim.hole", "supervised")], 3),
     Claim("variance", "A2 Fig. 3b", "masked modelling lowers the variance", RESNET, "variance",
-          over("a2mim", "supervised", "mask.hole")),
-    Claim("interaction", "A2 Fig. 1 e-h", "masked modelling strengthens the middle orders",
-          NETWORKS, "middle", [("mask", "supervised"), ("a2mim", "supervised")]),
+          over("a2mim", "supervised", "a2mim.hole"), 3),
+    Claim("interaction", "A2 Fig. 1 e, g", "masked modelling strengthens the middle orders",
+          NETWORKS, "middle", [("mask", "supervised"), ("a2mim", "supervised")], 3),
     Claim("centre", "BM A.3", "zooming in: the centre beats a random place", BOTH, "top1",
-          over("zoom_in", "zoom_in.random")),
+          over("zoom_in", "zoom_in.random"), 1, "82.5, 81.5"),
     Claim("scale_in", "BM Table 2", "zooming in: 160 of 224 pixels are best", BOTH, "top1",
           over("zoom_in", "zoom_in.96", "zoom_in.128", "zoom_in.192", "zoom_in.208")),
     Claim("inner", "BM A.3", "zooming in beats predicting the outer patches", BOTH, "top1",
@@ -206,35 +203,28 @@ CLAIMS = [  # what matters most first
     Claim("saturation", "BM Table 2", "30% of the saturation are best", "shapes", "top1",
           over("decolor", "decolor.0", "decolor.60")),
     Claim("adding", "A2 Fig. 6", "adding the token beats replacing by it", NETWORKS, "top1",
-          over("simmim.middle", "simmim.replace"), 1, "bars, no numbers"),
+          over("simmim.middle", "simmim.replace")),
     Claim("token", "A2 Table 5", "the token helps", NETWORKS, "top1",
           over("a2mim", "a2mim.no_token"), 1, "ViT-S: 86.62, 86.41; ResNet-50: 88.86, 88.73"),
-    Claim("blocks", "BM 5", "two blocks on frozen tokens mend less than a tenth of the linear "
-          "probe's errors", "shapes", "mended", [("mask", 10.0), ("zoom_in_mask", 10.0)], 3,
-          "4.7 (61.5 to 63.3), 4.3 (63.1 to 64.7)"),
+    Claim("blocks", "BM 5", "two blocks on frozen tokens mend little of the linear probe's errors "
+          "(less than 10%, we say)", "shapes", "mended",
+          [("mask", 10.0), ("zoom_in_mask", 10.0)], 3, "4.7 (61.5 to 63.3), 4.3 (63.1 to 64.7)"),
     Claim("omega", "A2 Table 5", "weighing the frequencies helps", NETWORKS, "top1",
           over("a2mim.no_token", "a2mim.no_omega"), 1,
           "ViT-S: 86.41, 86.05; ResNet-50: 88.73, 88.47"),
 ]
-# Figures of several arms: {title: {tick: arm}}
+# Figures of several arms: {title: arms}. A tick is what follows the task's name, if something does
 PANELS = {
-    "BM Table 2: zoom in to": {"96": "zoom_in.96", "128": "zoom_in.128", "160": "zoom_in",
-                               "192": "zoom_in.192", "208": "zoom_in.208"},
-    "BM Table 2: zoom out to": {"96": "zoom_out.96", "128": "zoom_out.128", "160": "zoom_out",
-                                "192": "zoom_out.192"},
-    "BM Table 2: twist from": {".15": "distort.weak", ".20": "distort", ".25": "distort.strong"},
-    "BM Table 2: blur": {"5": "blur.5", "7": "blur.7", "9": "blur", "11": "blur.11"},
-    "BM A.3: round the small image": {"mirror": "zoom_out", "none": "zoom_out.none",
-                                      "black": "zoom_out.black", "other": "zoom_out.other"},
-    "BM Fig. 5: length of zoom_in_mask": {
-        "1/6": "zoom_in_mask.1of6", "1/3": "zoom_in_mask.1of3", "2/3": "zoom_in_mask.2of3",
-        "1": "zoom_in_mask"},
-    "BM Fig. 5: length of mask": {
-        "1/6": "mask.1of6", "1/3": "mask.1of3", "2/3": "mask.2of3", "1": "mask"},
-    "BM Table 1": {t: t for t in ("none", *BM_TASKS[::-1])},
-    "A2 Fig. 6: the token": {"SimMIM's": "simmim", "added": "simmim.input",
-                             "in the middle": "simmim.middle", "and replacing": "simmim.replace",
-                             "over zero": "simmim.zero"},
+    "BM Table 2: zoom in to (zoom_in: 160)":
+        "zoom_in.96 zoom_in.128 zoom_in zoom_in.192 zoom_in.208",
+    "BM Table 2: zoom out to (zoom_out: 160)": "zoom_out.96 zoom_out.128 zoom_out zoom_out.192",
+    "BM Table 2: twist (distort: .20 to .25)": "distort.weak distort distort.strong",
+    "BM Table 2: blur (blur: 9)": "blur.5 blur.7 blur blur.11",
+    "BM A.3: round the small image": "zoom_out zoom_out.none zoom_out.black zoom_out.other",
+    **{f"BM Fig. 5: length of {t}": f"{t}.1of6 {t}.1of3 {t}.2of3 {t}"
+       for t in ("zoom_in_mask", "mask")},
+    "BM Table 1": " ".join(("none", *BM_TASKS[::-1])),
+    "A2 Fig. 6: the token": "simmim simmim.mean simmim.input simmim.middle simmim.replace",
 }
 
 
@@ -302,16 +292,16 @@ def jobs(args, data, arm, seed):
         right = dict(steps=steps, command=" ".join([*argv, "--out", str(folder)]))
         found.append(Job(folder, right, argv))
 
-    steps = d["steps"][1]
+    longer, steps = d["steps"]
     if arm in ("none", "supervised"):
         weights = "none"
     else:
         text = VARIANTS.get(arm, "")
-        if degrade.TASKS[task].mask_ratio == 0.75 and "ratio" not in text and "model" not in d:
-            steps = d["steps"][0]
+        drops = degrade.TASKS[task].mask_ratio == 0.75 and "ratio" not in text
+        n = (longer if drops else steps) * LENGTHS.get(variant, 1)
         text = re.sub(r"\[(\d+)\]", lambda m: str(round(int(m[1]) * size / 224)), text)
         more = f"--task {task} --batch_size 128 --lr 3e-3 --save_every 1000"
-        add("pretrain", "", steps * LENGTHS.get(variant, 1), seed, *more.split(), *text.split())
+        add("pretrain", "", n, seed, *more.split(), *text.split())
     wanted = {c.measure for c in args.claims
               if data in c.sets.split() and arm in c.arms() and seed < c.seeds}
     if arm != "supervised":
@@ -320,7 +310,7 @@ def jobs(args, data, arm, seed):
             "--save_every", 100000)
     if "mended" in wanted:
         add("probe", "-blocks", None, seed, "--weights", weights, "--blocks", 2)
-    for head, side, n in (HEADS[x] for x in HEADS if x in wanted):
+    for head, side, n in (HEADS[x] for x in HEADS if f"{x}-top1" in wanted):
         add("finetune", f"-{head}", n, seed, "--weights", weights, "--head", head,
             "--img_size", side, "--save_every", 100000, on="scenes")
     figures, tuned = [x for x in FIGURES if x in wanted], weights
@@ -331,9 +321,7 @@ def jobs(args, data, arm, seed):
         name, _, of_tuned = FIGURES[measure]
         of = tuned if of_tuned or arm == "supervised" else weights
         argv = ["analyze.py", name, of, *machine]
-        if of == "none":
-            argv += ["--data", trained_on, *network, "--seed", seed]
-        if name == "interaction":  # noise of a tenth of the value
+        if name == "interaction":  # a noise of about a tenth of the value
             argv += ["--images", 8, "--pairs", 4, "--contexts", 400]
         found.append(Job(out / f"{name}-{arm}-{seed}", {}, [*map(str, argv)], measure))
     return found
@@ -352,8 +340,7 @@ def result(job):
             noise = {"noise": round(run["noise"], 3)} if "noise" in run else {}
             return {job.figure: round(taken(run), 4)} | noise if made[0] == min(made) else None
         config = json.loads((folder / "config.json").read_text())
-        kept = "data", "seed", "amp", "hardware", "commit", "command"
-        found = {k: config.get(k) for k in kept}
+        found = {k: config.get(k) for k in ("data", "seed", "amp", "hardware", "commit")}
         encoder, file = Path(config["weights"], "checkpoint.pt"), folder / "result.json"
         if file.exists():
             found |= json.loads(file.read_text())
@@ -366,15 +353,12 @@ def result(job):
                          images=config["batch_size"] * config["total"])
         files = encoder, folder / "checkpoint.pt", file
         made = [x.stat().st_mtime for x in files if x.exists()]
-        if made[0] == min(made) and all(found.get(k) == v for k, v in job.right.items()):
+        said = config | found
+        found.pop("weights", None)  # a path
+        if made[0] == min(made) and all(said.get(k) == v for k, v in job.right.items()):
             return found
     except (OSError, ValueError, LookupError):
         return None
-
-
-def kind_of(data, job):
-    """Set, script and head of a command: what takes about the same time."""
-    return data, *[x for x in job.folder.name.split("-")[::3] if not x.isdecimal()]
 
 
 class Work:
@@ -388,8 +372,8 @@ class Work:
             file.parent.mkdir(parents=True, exist_ok=True)
             self.results[data] = json.loads(file.read_text()) if file.exists() else {}
         self.cores = [*os.sched_getaffinity(0)] if hasattr(os, "sched_getaffinity") else [None]
-        self.workers, self.took = len(self.cores), {}  # seconds of commands, by kind
-        self.left = collections.Counter(kind_of(e[0], job) for e in todo for job in todo[e])
+        self.workers, self.took = len(self.cores), []  # seconds of commands
+        self.left = sum(map(len, todo.values()))
 
     def encoder(self, data, all_jobs):
         """All commands of one encoder, until one fails."""
@@ -418,20 +402,14 @@ class Work:
                 last = ["nothing", *Path(f"{out}.txt").read_text().split("\n")][-2]
                 self.stop(f"{out.name}: {last} (all of it: {out}.txt)")
                 return False
-            for path in ("weights", "command"):
-                found.pop(path, None)
             self.results[data][out.name] = found
             text = json.dumps(self.results[data], indent=0)
             pretrain.write_text(self.args.out / data / "results.json", text)
-            kind = kind_of(data, job)
-            self.left[kind] -= 1
+            self.left -= 1
             if not there:
-                self.took.setdefault(kind, []).append(time.monotonic() - began)
-            known = [k for k in self.left if k in self.took]
-            hours = sum(self.left[k] * statistics.mean(self.took[k]) for k in known) / 3600
-            rest = self.left.total() - sum(self.left[k] for k in known)
-            print(f"{data}/{out.name} {found}\n{self.left.total()} commands left, "
-                  f"{hours / self.workers:.1f} h" + f" and {rest} not yet timed" * (rest > 0),
+                self.took.append(time.monotonic() - began)
+            hours = self.left * statistics.mean(self.took or [0]) / self.workers / 3600
+            print(f"{data}/{out.name} {found}\n{self.left} commands left, {hours:.1f} h",
                   flush=True)
         return True
 
@@ -452,12 +430,13 @@ def spread(values, digits=1):
 
 
 def by_seed(results, measure):
-    """{arm: a number for each pre-training seed}"""
-    found = {}
+    """{arm: a number for each pre-training seed}. Of "A-B" it is A less B."""
+    found, (name, *less) = {}, measure.split("-")
     for folder, r in results.items():
         _, arm, seed, *more = folder.split("-")
-        if measure in r and (measure != "top1" or more == [str(LABELS)]):
-            found.setdefault(arm, []).append(r[measure])
+        if name in r and (name != "top1" or more == [str(LABELS)]):
+            other = sum(results[f"finetune-{arm}-{seed}-{LABELS}"][x] for x in less)
+            found.setdefault(arm, []).append(r[name] - other)
     return found
 
 
@@ -465,16 +444,14 @@ def verdict(claim, found):
     """The rule above on {arm: numbers} -> its word."""
     told = {True: 0, False: 0}
     for better, worse in claim.pairs:
-        a, b = found.get(better, ()), found.get(worse, ())
-        number = isinstance(worse, float)  # without an error
-        if number:
-            b = [worse]
+        a, number = found.get(better, ()), isinstance(worse, float)  # it has no error
+        b = [worse] if number else found.get(worse, ())
         freedom = len(a) + len(b) - 2
         if a and b and freedom:
             squares = sum((len(x) - 1) * statistics.variance(x) for x in (a, b) if len(x) > 1)
             error = math.sqrt(squares / freedom * (1 / len(a) + (not number) / len(b)))
             lead = statistics.mean(a) - statistics.mean(b)
-            if abs(lead) > STUDENT[min(freedom, 4)] * error:
+            if abs(lead) > STUDENT[freedom] * error:
                 told[(lead > 0) != (claim.measure in LESS)] += 1
     pairs = f"{told[True]} of {len(claim.pairs)} pairs as in the paper, {told[False]} not"
     if told[False] and told[True]:
@@ -487,8 +464,10 @@ def verdict(claim, found):
 def claims_table(results):
     """{set: {folder: result}} -> Markdown, a row for each claim and set that was tried."""
     rows = [["claim", "the paper's", "on", "ours", "does it hold?"]]
-    for claim in CLAIMS:
-        for data in claim.sets.split():
+    for row in CLAIMS:
+        for data in row.sets.split():
+            pairs = [p for p in row.pairs if not any(grey(data, str(x)) for x in p)]
+            claim = row._replace(pairs=pairs)
             found = by_seed(results.get(data, {}), claim.measure)
             arms = [arm for arm in claim.arms() if arm in found]
             if any(a in found and (b in found or isinstance(b, float)) for a, b in claim.pairs):
@@ -503,33 +482,22 @@ def claims_table(results):
 
 
 def table(results, data):
-    """{folder: result} -> Markdown, the tasks by their accuracy with the most labels."""
-    labels = {int(x) for x in re.findall(r"finetune-\S+-\d-(\d+)", " ".join(results))}
-    found, most = {}, max(labels, default=None)
-    for folder, r in results.items():
-        kind, task, *more = folder.split("-")
-        names = {"pretrain": ["images"], "probe": ["knn", "linear"],
-                 "finetune": ["top1"] * more[-1].isdecimal()}.get(kind, [])
-        for name in names * ("." not in task):
-            key = int(more[1]) if kind == "finetune" else name
-            if name in r:
-                found.setdefault(task, {}).setdefault(key, []).append(r[name])
-    best = {t: statistics.mean(row[most]) for t, row in found.items() if most in row}
-    order = sorted(best, key=lambda t: -best[t])
+    """{folder: result} -> Markdown, the tasks by their fine-tuned accuracy."""
+    knn, linear, top1 = (by_seed(results, name) for name in ("knn", "linear", "top1"))
+    order = sorted((t for t in top1 if "." not in t), key=lambda t: -statistics.mean(top1[t]))
     paper_of = PAPER if "model" not in SETS[data] else dict(simmim=78.2, a2mim=78.8)  # A2 Table 1
     ours = [t for t in order if t in paper_of and t not in ("simmim", "a2mim")]
     paper = sorted(ours, key=lambda t: -paper_of[t])
 
-    rows = [["pre-training", "seeds", "images", "k-NN", "linear probe",
-             *(f"{k * 10:,} labels" for k in sorted(labels)), "place", "BM's place among these (ImageNet)"]]
+    rows = [["pre-training", "seeds", "images", "k-NN", "linear probe", f"{LABELS * 10:,} labels",
+             "place", "BM's place among these (ImageNet)"]]
     for t in order:
-        row, name, places = found[t], t, ["", f"A2: {paper_of[t]}" if t in paper_of else ""]
-        if "images" in row:
-            name = f"`{t}`"
+        places = ["", f"A2: {paper_of[t]}" if t in paper_of else ""]
         if t in ours:
             places = [ours.index(t) + 1, f"{paper.index(t) + 1} ({paper_of[t]})"]
-        rows.append([name, len(row["knn"]), f"{row.get('images', [0])[0]:,}", spread(row["knn"]),
-                     spread(row["linear"]), *(spread(row[k]) for k in sorted(labels)), *places])
+        images = results.get(f"pretrain-{t}-0", {}).get("images", 0)
+        rows.append([f"`{t}`", len(top1[t]), f"{images:,}", spread(knn[t]), spread(linear[t]),
+                     spread(top1[t]), *places])
     return markdown(rows)
 
 
@@ -543,18 +511,13 @@ def dense_table(results, network=""):
     """The same of segmentation and detection. network: "resnet18", else the ViT."""
     names = dict(miou="mean IoU", pixel_accuracy="pixel accuracy", box_ap="box AP",
                  box_ap50="box AP50", mask_ap="mask AP")
-    found = {}
-    for folder, r in results.items():
-        task = folder.split("-")[1]
-        for name in names:
-            if name in r:
-                found.setdefault(task, {}).setdefault(name, []).append(r[name])
+    found = {name: by_seed(results, name) for name in names}
     rows = [["pre-training", "seeds", *names.values(), "ADE20K, COCO: mean IoU, box AP, mask AP"]]
-    for task in sorted(found, key=lambda t: -statistics.mean(found[t].get("miou", [0]))):
-        row, of = found[task], f"{task} {network}".strip()
-        rows.append([f"`{task}`", max(map(len, row.values())),
-                     *(spread(row[name]) if name in row else "" for name in names),
-                     PAPER_DENSE.get(of, "")])
+    tasks = dict.fromkeys(t for of in found.values() for t in of)
+    for task in sorted(tasks, key=lambda t: -statistics.mean(found["miou"].get(t, [0]))):
+        row = [found[name].get(task, ()) for name in names]
+        rows.append([f"`{task}`", max(map(len, row)), *(spread(x) if x else "" for x in row),
+                     PAPER_DENSE.get(f"{task} {network}".strip(), "")])
     return markdown(rows)
 
 
@@ -606,6 +569,7 @@ def panels(args):
     found = by_seed(json.loads(file.read_text()), "top1") if file.exists() else {}
     figure, axes = plt.subplots(3, 3, figsize=(14, 12), layout="constrained")
     for ax, (title, arms) in zip(axes.flat, PANELS.items()):
+        arms = {arm.partition(".")[2] or arm: arm for arm in arms.split()}
         ours = {t: found[arm] for t, arm in arms.items() if arm in found}
         theirs = {t: PAPER[arm] for t, arm in arms.items() if arm in PAPER and "A2" not in title}
         ax.set_title(title)
@@ -634,7 +598,7 @@ def main(argv=None):
     work = Work(args, todo)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: work.stop())
-    print(f"{len(todo)} encoders, {work.left.total()} commands, {work.workers} cores -> {args.out}",
+    print(f"{len(todo)} encoders, {work.left} commands, {work.workers} cores -> {args.out}",
           flush=True)
     with concurrent.futures.ThreadPoolExecutor(len(work.cores)) as pool:
         for done in [pool.submit(work.encoder, e[0], todo[e]) for e in todo]:
@@ -649,7 +613,7 @@ def main(argv=None):
     for data, found in work.results.items():
         parts += [f"{data}:", table(found, data)] if found else []
         if any("miou" in r for r in found.values()):
-            parts.append(dense_table(found, "resnet18" if data == "resnet18" else ""))
+            parts.append(dense_table(found))
     text = "\n\n".join(parts)
     pretrain.write_text(args.out / "claims.md", text + "\n")
     print(text)

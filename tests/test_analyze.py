@@ -421,7 +421,7 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
         assert pretrain.command(claims.main, argv) == code
         assert (f"{runs[1]}: OSError: a full disk" in capfd.readouterr().err) == code
         assert (out / runs[2]).exists() != code
-    row = "| none | 1 | 0 | 1.0 | 2.0 | 0.5 ± 0.7 | 1 | 1 (80.7) |"
+    row = "| `none` | 2 | 0 | 1.0 ± 0.0 | 2.0 ± 0.0 | 0.5 ± 0.7 | 1 | 1 (80.7) |"
     assert row in (tmp_path / "claims.md").read_text()
 
 
