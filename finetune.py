@@ -433,7 +433,7 @@ class AnnotatedSet(pretrain.FolderSet):
         """An image (3, H, W) uint8 of a folder."""
         with Image.open(self.path(index)) as picture:
             if picture.getexif().get(0x0112, 1) != 1:
-                raise ValueError("EXIF turns it, and not its annotation: save it upright")
+                raise ValueError("EXIF turns it, perhaps not its annotation: save it without EXIF")
         return pretrain.FolderSet.read(self, index)
 
     def readable(self, rows, workers=0):
@@ -462,7 +462,7 @@ class PixelSet(AnnotatedSet):
         pretrain.FolderSet.__init__(self, os.path.join(data, "images", split))
         self.annotations = os.path.join(data, "annotations", split)
         absent = [x for x in map(self.annotation, range(len(self))) if not x.exists()]
-        check(not absent, f"{len(absent)} images have no annotation, such as {absent[:1]}")
+        check(not absent, f"{len(absent)} images have no annotation, such as {', '.join(map(str, absent[:1]))}")
         self.classes = [str(i) for i in range(1, classes + 1)]
 
     def annotation(self, index):
@@ -532,18 +532,19 @@ class BoxSet(AnnotatedSet):
                 image = images[a["image_id"]]
                 H, W = image["size"]
                 x, y, w, h = a["bbox"]
-                check(min(x, y) >= -1 and x + w <= W + 1 and y + h <= H + 1,
+                check(min(x + 1, y + 1, w, h) >= 0 and x + w <= W + 1 and y + h <= H + 1,
                       f"the box of object {few['id']} is not within its {W} x {H} image")
-                if not train or w > 0 and h > 0 and not few["iscrowd"]:
+                if not train or min(w, h) > 0.01 and not few["iscrowd"]:
                     image["objects"].append(
                         dict(few, box=[x, y, x + w, y + h], label=number[a["category_id"]]))
-            self.classes = [kind["name"] for kind in kinds]
+            self.classes = [str(kind["name"]) for kind in kinds]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} is not of COCO's format: {type(error).__name__} {error}")
 
         kept = [image for image in images.values() if image["objects"] or not train]
-        check(kept, f"{self.file} has no objects")
+        check(any(image["objects"] for image in kept), f"{self.file} has no objects")
         self.names = np.array([os.fsencode(image["name"]) for image in kept])
+        check(os.path.exists(self.path(0)), f"{self.file}: there is no {self.path(0)}")
         self.found = f"{len(kept):,} of {len(images):,} images of {self.file} in {self.folder}"
         lines = [json.dumps(image).encode() for image in kept]  # one block, not a million objects
         self.lines = b"".join(lines)
@@ -624,6 +625,8 @@ def mask_of(segmentation, height, width):
         counts = run_lengths(counts) if isinstance(counts, str) else counts
         inside = np.repeat(np.arange(len(counts)) % 2, counts)
         return inside.reshape(width, height).T.astype(np.uint8)
+    if not segmentation:
+        raise ValueError("there is none")
     mask = np.zeros((height, width), np.uint8)
     for points in segmentation:
         mask |= polygon(points, height, width)
@@ -631,7 +634,7 @@ def mask_of(segmentation, height, width):
 
 
 def run_lengths(text):
-    """COCO's compressed ones: each a number of 5 bits a character, from the third on the difference
+    """COCO's compressed ones: each a number of 5 bits a character, from the fourth on the difference
     to the one before the last.
     """
     counts, number, bits = [], 0, 0
@@ -667,7 +670,7 @@ def polygon(points, height, width):
     middle = (x % 5 == 2) & (x // 5 >= 0) & (x // 5 < width)
     x, y = x[middle] // 5, np.ceil(np.clip((y[middle] + 0.5) / 5 - 0.5, 0, height)).astype(int)
     changes = np.bincount(x * height + y, minlength=height * width + 1)[:height * width]
-    return (changes.cumsum() % 2).reshape(width, height).T.astype(np.uint8)
+    return (changes.cumsum(dtype=np.uint8) & 1).reshape(width, height).T
 
 
 def resized(images, short):

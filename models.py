@@ -731,6 +731,9 @@ class Detector(nn.Module):
         super().__init__()
         self.branches = encoder.branches
         neck = Neck(encoder, kind, width)
+        n = neck.pyramid.multiple
+        if n & n - 1:
+            raise ValueError(f"patch size {encoder.patch_size}: a detector's is a power of two")
         scale = encoder.patch_size if encoder.tokens else 16  # pixels a position of the third map
         anchors = [[2 * scale * 2 ** i] for i in range(5)]
         if kind == "c4":
@@ -757,7 +760,12 @@ class Detector(nn.Module):
             rpn_pre_nms_top_n_train=many * 4 * sampled, rpn_post_nms_top_n_train=4 * sampled,
             rpn_pre_nms_top_n_test=many * 2 * sampled, rpn_post_nms_top_n_test=2 * sampled)
         self.rcnn.transform = Shown(short, longest, encoder.mean.flatten().tolist(),
-                                    [1.0] * encoder.channels, neck.pyramid.multiple)
+                                    [1.0] * encoder.channels, n)
+        # its pools keep the strides of what they see first, which padding must not bend
+        maps = {str(i): torch.empty(1, 1, k, k) for i, k in enumerate(
+            [n // 16] if kind == "c4" else [8, 4, 2, 1])}
+        for pool in (self.rcnn.roi_heads.box_roi_pool, self.rcnn.roi_heads.mask_roi_pool):
+            pool(maps, [torch.zeros(1, 4)], [(n, n)])
 
     def forward(self, images, drop=None, targets=None):
         """images: a list of (C, H, W) in [0, 1]. In training: losses by name, of targets, dicts of

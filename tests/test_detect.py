@@ -1,6 +1,7 @@
 """Boxes and masks of objects (BM 4.4, A2 A.2): Mask R-CNN on an encoder, scenes, COCO's format and
 its AP."""
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -246,6 +247,8 @@ def spoilt(coco, change, split="train2017"):
     (lambda held: held.pop("categories"), 2, "instances_train2017.json is not of COCO's format"),
     (lambda held: held["annotations"][0].update(bbox=[5, 10, 70, 20]), 2,
      "COCO's format: ValueError the box of object 0 is not within its 60 x 40 image"),
+    (lambda held: held["annotations"][0].update(bbox=[20, 10, -5, 20]), 2, "is not within its"),
+    (lambda held: held["annotations"][0].update(segmentation=[]), 1, "the mask of object 0 of"),
     (lambda held: held["annotations"][0].update(category_id=3), 2, "COCO's format: KeyError"),
     (lambda held: held["annotations"].clear(), 2, "instances_train2017.json has no objects"),
     (lambda held: held["images"][1].update(height=41), 1, "1.jpg: it is [40, 60] high and wide"),
@@ -281,6 +284,27 @@ def test_what_is_measured_is_resized_as_what_is_trained_on(few_scenes):
     assert seen.shape[2:] == (32, 32) and shown.image_sizes == [(height, width)]
     assert torch.allclose(seen[:, :, :height, :width], want, atol=1e-6)
     assert torch.allclose(seen[0, :, -1, -1], torch.tensor(models.IMAGENET_MEAN))
+
+
+def test_boxes_are_pooled_from_their_place_whatever_was_seen_first():
+    """A padded image does not bend the strides. They are 4, 8, 16, 32 of the pyramid, 16 in c4."""
+    for kind, strides in (("fpn", [4, 8, 16, 32]), ("c4", [16])):
+        model = models.Detector(models.encoder("resnet18", 64, 8), 3, 64, 192, kind, 16, 16).eval()
+        with torch.no_grad():
+            model([torch.rand(3, 64, 192), torch.rand(3, 192, 64)])
+        for pool in (model.rcnn.roi_heads.box_roi_pool, model.rcnn.roi_heads.mask_roi_pool):
+            assert pool.scales == [1 / s for s in strides]
+    with pytest.raises(ValueError, match="power of two"):
+        models.Detector(models.encoder("vit_micro", 28, 14), 3, 28, 56, "fpn", 16, 16)
+
+
+def test_what_cannot_be_measured_is_refused_before_training(coco, tmp_path, capfd):
+    spoilt(coco, lambda held: held["annotations"].clear(), "val2017")
+    assert detect("--data", coco, "--out", tmp_path / "run") == 2
+    assert "instances_val2017.json has no objects" in capfd.readouterr().err
+    shutil.rmtree(coco / "train2017")
+    assert detect("--data", coco, "--out", tmp_path / "run") == 2
+    assert "instances_train2017.json: there is no" in capfd.readouterr().err
 
 
 def test_broken_json_is_named(coco, tmp_path, capfd):
