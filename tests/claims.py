@@ -526,7 +526,7 @@ def dense_table(results, network=""):
 # --- The sheet of figures ---
 
 def sheet(args, width=1320):
-    """What is in --out, seed 0, in one picture `width` pixels wide: what the encoders of the
+    """What is in --out, seed 0, in one picture at most `width` pixels wide: what the encoders of the
     built-in pictures recover and how they learned, then the analyses that claims have measured, of
     the ViT and of the ResNet.
     """
@@ -557,8 +557,8 @@ def sheet(args, width=1320):
     rows = []
     for title, file in drawn:
         x = Image.open(file).convert("RGB")
-        size = width, round(x.height * width / x.width)
-        rows.append((title, x.resize(size, Image.Resampling.LANCZOS)))
+        x.thumbnail((width, x.height), Image.Resampling.LANCZOS)
+        rows.append((title, x))
     page = analyze.stacked(rows)
     pretrain.write_whole(out / "figures.png", lambda file: page.save(file, "PNG", optimize=True))
     print(f"drawn: {out / 'figures.png'}")
