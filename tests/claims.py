@@ -526,9 +526,9 @@ def dense_table(results, network=""):
 # --- The sheet of figures ---
 
 def sheet(args, width=1320):
-    """What is in --out, seed 0, in one picture at most `width` pixels wide: what the encoders of the
-    built-in pictures recover and how they learned, then the analyses that claims have measured, of
-    the ViT and of the ResNet.
+    """What is in --out, seed 0, in one picture at most `width` pixels wide: what the encoders of
+    the built-in pictures recover and how they learned, then the analyses that claims have measured,
+    of the ViT and of the ResNet.
     """
     from PIL import Image
 
