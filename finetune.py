@@ -462,7 +462,8 @@ class PixelSet(AnnotatedSet):
         pretrain.FolderSet.__init__(self, os.path.join(data, "images", split))
         self.annotations = os.path.join(data, "annotations", split)
         absent = [x for x in map(self.annotation, range(len(self))) if not x.exists()]
-        check(not absent, f"{len(absent)} images have no annotation, such as {', '.join(map(str, absent[:1]))}")
+        check(not absent, f"{len(absent)} images have no annotation, such as "
+              f"{next(iter(absent), None)}")
         self.classes = [str(i) for i in range(1, classes + 1)]
 
     def annotation(self, index):
@@ -634,8 +635,8 @@ def mask_of(segmentation, height, width):
 
 
 def run_lengths(text):
-    """COCO's compressed ones: each a number of 5 bits a character, from the fourth on the difference
-    to the one before the last.
+    """COCO's compressed ones: each a number of 5 bits a character, from the fourth on the
+    difference to the one before the last.
     """
     counts, number, bits = [], 0, 0
     for c in map(ord, text):

@@ -723,7 +723,7 @@ class Detector(nn.Module):
 
     classes: without the background. short, longest: an image's sides as it is measured. sampled:
     boxes of an image that the box and mask losses are of, out of four times as many. Anchors are 8
-    positions of their map wide.
+    positions of their map wide. ValueError: the patch size is no power of two.
     """
     tokens = False
 

@@ -329,6 +329,12 @@ def jobs(args, data, arm, seed):
     return found
 
 
+def in_order(*files):
+    """Whether the first of the files that are there is the oldest."""
+    made = [x.stat().st_mtime for x in files if x.exists()]
+    return made[0] == min(made)
+
+
 def result(job):
     """What a finished run found. None: it is not `right`, or its encoder is newer."""
     folder = job.folder
@@ -336,11 +342,10 @@ def result(job):
         if job.figure:
             name, taken, _ = FIGURES[job.figure]
             file = folder / f"{name}.json"
-            run = next(iter(json.loads(file.read_text())["runs"].values()))
-            made = [x.stat().st_mtime for x in (Path(run["weights"], "checkpoint.pt"), file)
-                    if x.exists()]
+            run, = json.loads(file.read_text())["runs"].values()
+            right = in_order(Path(run["weights"], "checkpoint.pt"), file)
             noise = {"noise": round(run["noise"], 3)} if "noise" in run else {}
-            return {job.figure: round(taken(run), 4)} | noise if made[0] == min(made) else None
+            return {job.figure: round(taken(run), 4)} | noise if right else None
         config = json.loads((folder / "config.json").read_text())
         found = {k: config.get(k) for k in ("data", "seed", "amp", "hardware", "commit")}
         encoder, file = Path(config["weights"], "checkpoint.pt"), folder / "result.json"
@@ -353,11 +358,10 @@ def result(job):
             found |= json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
             found.update(task=config["task"], steps=models.read_weights(folder)["step"],
                          images=config["batch_size"] * config["total"])
-        files = encoder, folder / "checkpoint.pt", file
-        made = [x.stat().st_mtime for x in files if x.exists()]
+        right = in_order(encoder, folder / "checkpoint.pt", file)
         said = config | found
         found.pop("weights", None)  # a path
-        if made[0] == min(made) and all(said.get(k) == v for k, v in job.right.items()):
+        if right and all(said.get(k) == v for k, v in job.right.items()):
             return found
     except (OSError, ValueError, LookupError):
         return None
@@ -543,15 +547,15 @@ def sheet(args, width=1320):
         drawn.append((name, out / f"{name}.png"))
     for data, name in itertools.product(("shapes", "resnet18"),
                                         ("occlusion interaction", "fourier variance")):
-        panels, file = [], out / f"{name} {data}.png"
+        parts, file = [], out / f"{name} {data}.png"
         for one in name.split():
             found = {}
             for numbers in sorted((args.out / data).glob(f"{one}-*-0/{one}.json")):
                 run, = json.loads(numbers.read_text())["runs"].values()
                 found[numbers.parent.name.split("-")[1]] = run
-            panels += analyze.NAMES[one][2](found) if found else []
-        if panels:
-            analyze.draw(panels, file)
+            parts += analyze.NAMES[one][2](found) if found else []
+        if parts:
+            analyze.draw(parts, file)
             drawn.append((f"{name}, {SETS[data].get('model', 'vit_micro')}", file))
     pretrain.check(drawn, f"there are no runs to draw in {args.out}")
     rows = []
