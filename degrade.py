@@ -71,8 +71,9 @@ def random_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=
     """
     rows, columns, visible = cells_of(grid, ratio, unit)
     numbers = random_numbers(batch, rows * columns, generator=generator, within=within)
-    rank = numbers.argsort(1).argsort(1).view(batch, rows, columns)
-    return patches_of(rank >= visible, unit).to(device)
+    seen = numbers.argsort(1)[:, :visible]
+    cells = torch.ones_like(numbers, dtype=torch.bool).scatter_(1, seen, False)
+    return patches_of(cells.view(batch, rows, columns), unit).to(device)
 
 
 def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None, hole=False):
@@ -135,7 +136,9 @@ def fill_hidden(images, hidden, p, fill="mean"):
     C = images.shape[1]
     color = images.mean((2, 3), keepdim=True)
     if fill != "mean":
-        color = torch.tensor(ZERO if C == 3 else [0.45] * C, device=images.device).view(C, 1, 1)
+        color = torch.tensor(ZERO if C == 3 else [0.45] * C).view(C, 1, 1)
+        color = color.to(images.device, non_blocking=True)
+    hidden = hidden.to(images.device, non_blocking=True)
     return torch.where(patch_pixels(hidden, p, images.shape[2:]), color, images)
 
 
@@ -476,7 +479,7 @@ def view_size(task, size, view_size=None):
 class Degraded(NamedTuple):
     """What a task makes of a view."""
     inputs: torch.Tensor  # (B, C, S, S) what the encoder is given
-    hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder; None = none
+    hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder, in the CPU's memory
     target: torch.Tensor  # (B, C, S, S), or (B, C, V, V) where it is all of the view
     counted: torch.Tensor | None  # (B, N) bool, the patches that are compared; None = all
     filled: bool = False  # True: hidden patches hold a fill. False: the encoder drops them
@@ -514,14 +517,15 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
             raise ValueError(f"mask ratio {values['mask_ratio']} hides none of the cells of "
                              f"{values['mask_unit']} patches a side: choose a larger one, or 0")
     filled = hidden is not None and values["fill"] is not None
-    if hidden is not None:
-        hidden = hidden.to(view.device, non_blocking=True)
     if filled:
         inputs = fill_hidden(inputs, hidden, patch_size, values["fill"])
 
     # what is to be recovered
     target = row.target(view, size)
-    return Degraded(inputs, hidden, target, hidden if row.compare == "hidden" else None, filled)
+    counted = None
+    if hidden is not None and row.compare == "hidden":
+        counted = hidden.to(view.device, non_blocking=True)
+    return Degraded(inputs, hidden, target, counted, filled)
 
 
 # --- Pictures ---
@@ -558,7 +562,8 @@ def seen(d, p):
     """What the encoder sees of Degraded `d`, within the target. Dropped patches are grey."""
     picture = d.inputs
     if d.hidden is not None and not d.filled:
-        picture = torch.where(patch_pixels(d.hidden, p, picture.shape[2:]), 0.5, picture)
+        hidden = d.hidden.to(picture.device)
+        picture = torch.where(patch_pixels(hidden, p, picture.shape[2:]), 0.5, picture)
     return onto(torch.full_like(d.target, 0.5), picture)
 
 

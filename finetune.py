@@ -86,7 +86,7 @@ def main(argv=None):
     if start and start % args.save_every == 0 and not measured(args, start):
         result = evaluate(model, val, args, process, amp)  # a signal came before it
         pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
-    clock, timed, waited = time.perf_counter(), 0, 0.0
+    clock, timed, waited, unread = time.perf_counter(), 0, 0.0, []
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr, args.schedule,
@@ -104,7 +104,7 @@ def main(argv=None):
             if args.drop_path:
                 drop = models.drop_path(len(view), model.branches, args.drop_path,
                                         seeded(args.seed, DROP, step),
-                                        (row, args.batch_size)).to(device)
+                                        (row, args.batch_size)).to(device, non_blocking=True)
             more = []
             if args.head == "detect":  # its losses are of boxes that are drawn at random
                 torch.manual_seed(seeded(args.seed, SAMPLE, step, row).initial_seed())
@@ -123,16 +123,21 @@ def main(argv=None):
         norm = pretrain.clipped_norm(model, args.clip)
 
         # how all processes stand; what cannot go on stops here, before the weights
-        loss, leaving = pretrain.agree(loss, norm, received, step, args, data, process)
+        timed, done = timed + 1, step + 1
+        unread.append(loss)
+        leaving = False
+        if pretrain.to_be_read(done, args, process, received):
+            read, leaving = pretrain.agree(unread, norm, received, step, args, data, process)
+            recent, unread = recent + read, []
 
         # the step
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        recent.append(loss)
-        timed, done = timed + 1, step + 1
         speed = timed * args.batch_size / (time.perf_counter() - clock)
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
+        if recent:
+            bar.set_postfix(loss=f"{recent[-1]:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}",
+                            refresh=False)
         bar.update()
 
         # log, measure, save, leave

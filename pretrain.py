@@ -94,7 +94,7 @@ def main(argv=None):
     views = data.batches(wanted, tuple(args.view), args.crop, args.seed, device, args.workers)
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received = remember_signals(on_first)
-    clock, timed, waited = time.perf_counter(), 0, 0.0
+    clock, timed, waited, unread = time.perf_counter(), 0, 0.0, []
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr)
@@ -121,16 +121,21 @@ def main(argv=None):
         norm = clipped_norm(model, args.clip)
 
         # how all processes stand; what cannot go on stops here, before the weights
-        loss, leaving = agree(loss, norm, received, step, args, data, process)
+        timed, done = timed + 1, step + 1
+        unread.append(loss)
+        leaving = False
+        if to_be_read(done, args, process, received):
+            read, leaving = agree(unread, norm, received, step, args, data, process)
+            recent, unread = recent + read, []
 
         # the step
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        recent.append(loss)
-        timed, done = timed + 1, step + 1
         speed = timed * args.batch_size / (time.perf_counter() - clock)
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}", refresh=False)
+        if recent:
+            bar.set_postfix(loss=f"{recent[-1]:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}",
+                            refresh=False)
         bar.update()
 
         # log, save, leave
@@ -157,7 +162,7 @@ def main(argv=None):
 # at_once: the most images a process holds, the rest of its batch is accumulated.
 # differs from the authors' code: A2's has half this lr for ViTs, and steps for the cosine.
 BOTH = dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, batch_size=2048,
-            at_once=64)
+            at_once=128)
 PAPERS = {
     "BM": dict(BOTH, warmup_share=20 / 300, lr=1.5e-4, betas=[0.9, 0.95], clip=0.0,
                crop=[0.2, 1.0]),
@@ -483,9 +488,10 @@ def set_up(device):
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        check(here <= gpus, f"--device cuda: {here} processes on a machine with {gpus} GPUs")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
+        check(gpus, "--device cuda: no GPU is found here")
+        device = f"cuda:{local % gpus}"  # more processes than GPUs share them
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
     given = os.environ.get("OMP_NUM_THREADS")
     if not given or given == "1" and world > 1:  # torchrun sets it to 1
         torch.set_num_threads(max(1, cores() // here))
@@ -494,7 +500,8 @@ def set_up(device):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        alone = device.startswith("cuda") and here <= gpus  # NCCL wants a GPU a process
+        dist.init_process_group("nccl" if alone else "gloo")
     return Process(rank, world, torch.device(device))
 
 
@@ -572,22 +579,31 @@ def clipped_norm(model, clip):
     return norm
 
 
-def agree(loss, norm, received, step, args, data, process):
-    """The mean loss over the processes, and whether one of them was sent a signal.
+def to_be_read(done, args, process, received):
+    """Whether the losses are read behind step `done`. A GPU is waited for to read them: that is
+    done where a line is logged or a checkpoint saved, and when this process alone has a signal.
+    """
+    return (process.device.type != "cuda" or received and process.world == 1 or done == args.total
+            or done % args.log_every == 0 or done % args.save_every == 0)
 
-    Failed when loss or gradient norm is not finite (fp16's scaler leaves out a step of the latter),
-    or when more than 1% of this epoch's images could not be read.
+
+def agree(unread, norm, received, step, args, data, process):
+    """The losses of the last steps, means over the processes, and whether one of them was sent a
+    signal.
+
+    Failed when a loss or the gradient's norm is not finite (fp16's scaler leaves out a step of the
+    latter), or when more than 1% of this epoch's images could not be read.
     """
     epoch = step * args.batch_size // len(data)
     bad = sum(last >= epoch for last in data.bad.values())
-    loss, leaving, bad = sum_over_processes(
-        [float(loss) / process.world, len(received), bad], process)
+    unread = [float(loss) / process.world for loss in unread]
+    leaving, bad, *found = sum_over_processes([len(received), bad, *unread], process)
     refuse_bad(data, bad, process)
-    if not math.isfinite(loss) or not (norm.isfinite() or args.amp == "fp16"):
-        raise Failed("" if process.rank else f"step {step + 1}: the loss is {loss}, the gradient's "
-                     f"norm {norm:.3g}; the last checkpoint is intact: --resume with --amp off, or "
-                     "begin again with a lower --lr or a longer --warmup")
-    return loss, leaving > 0
+    if not np.isfinite(found).all() or not (norm.isfinite() or args.amp == "fp16"):
+        raise Failed("" if process.rank else f"step {step + 1}: the loss is {found[-1]}, the "
+                     f"gradient's norm {norm:.3g}; the last checkpoint is intact: --resume with "
+                     "--amp off, or begin again with a lower --lr or a longer --warmup")
+    return found, leaving > 0
 
 
 def refuse_bad(data, bad, process):
@@ -673,7 +689,9 @@ class MemorySet:
         return MemorySet(images, self.labels[rows], self.classes, self.name)
 
     def get(self, index, device):
-        return self.images[index.to(self.images.device)].to(device).float() / 255
+        there = self.images.device
+        images = self.images[index.to(there, non_blocking=True)]
+        return images.to(device, non_blocking=True).float() / 255
 
     def batches(self, wanted, size, scale, seed, device, workers=0, augment=None):
         """wanted: (step, batch, rows of it) ... -> view (k, C, *size), labels (k,) for each.
@@ -684,14 +702,16 @@ class MemorySet:
             u = torch.rand(batch, 23, generator=seeded(seed, CROP, step))[rows]
             box = torch.from_numpy(crop_boxes(u.numpy(), *self.images.shape[2:], scale))
             images = self.get(places[:, 1], device)
-            view = degrade.crop_resize(images, box.to(device), size, cubic=True).clamp(0, 1)
-            view = torch.where((u[:, 22] < 0.5).view(-1, 1, 1, 1).to(device), view.flip(3), view)
+            box = box.to(device, non_blocking=True)
+            view = degrade.crop_resize(images, box, size, cubic=True).clamp(0, 1)
+            turned = (u[:, 22] < 0.5).view(-1, 1, 1, 1).to(device, non_blocking=True)
+            view = torch.where(turned, view.flip(3), view)
             if augment:
                 pixels = (view * 255).round().to(torch.uint8).cpu()
                 pixels = [augment(image, seeded(seed, AUGMENT, *place))
                           for image, place in zip(pixels, places.tolist())]
                 view = torch.stack(pixels).to(device).float() / 255
-            yield view, self.labels[places[:, 1]].to(device)
+            yield view, self.labels[places[:, 1]].to(device, non_blocking=True)
 
     def plain(self, rows, batch, size, device, workers=0, crop=1.0):
         """The images of `rows` in order, the central `crop` of each side: views, labels ..."""

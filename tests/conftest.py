@@ -32,6 +32,7 @@ os.fsync = lambda _: None  # what a test kills has given its files to the system
 pretrain.cores = lambda: 1  # batches this small are slower in two, far slower beside other work
 pretrain.provenance = functools.cache(pretrain.provenance)  # git is asked once
 probe.STEPS = 20  # linear layers need not have learned
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # a GPU's float32 is compared with a CPU's
 
 NET = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off".split()
 TINY = [*NET, *"--batch_size 8 --save_every 2 --log_every 1 --steps 6".split()]
@@ -179,7 +180,7 @@ def losses_of(out):
 
 
 def checkpoint_of(out):
-    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+    return torch.load(Path(out, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 
 def weights_of(out):

@@ -17,7 +17,7 @@ def shuffle(images, patch_size, share=0.5, turned=False, generator=None, within=
     """A share of the patches is put in another order: (B, C, H, W)."""
     p, (B, C, H, W) = patch_size, images.shape
     patches = F.unfold(images.flip(3) if turned else images, p, stride=p)  # (B, C p p, N)
-    u = random_numbers(B, patches.shape[2], generator=generator, within=within)
+    u = random_numbers(B, patches.shape[2], generator=generator, within=within).to(images.device)
     moved = (u < share).float() * (1 + u)
     return F.fold(patches.gather(2, moved.argsort(1)[:, None].expand_as(patches)), (H, W), p,
                   stride=p)

@@ -14,7 +14,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import json_of
+from conftest import equal, json_of
 
 RESNET = "--model resnet18 --img_size 32 --patch_size 8".split()
 
@@ -136,7 +136,7 @@ def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatc
         assert code == 0
         networks, counts, training, gradients = zip(*encoded)
         assert sum(counts) == 36 + 13 + anew and not any(training + gradients)
-        assert all(torch.equal(x, before[key]) for key, x in networks[0].state_dict().items())
+        assert equal({k: x.cpu() for k, x in networks[0].state_dict().items()}, before)
         encoded.clear()
     result = json_of(tmp_path / "anew")
     assert result == json.loads(said.splitlines()[-1]) == json_of(tmp_path / "stored")
@@ -158,7 +158,7 @@ def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch)
     views = F.interpolate(images[:, :, 5:15, 7:17], (16, 16), mode="bicubic", antialias=True)
     with torch.no_grad():
         want = models.load_encoder(tmp_path / "run")(views / 255)
-    assert torch.allclose(calls[0][2], want, atol=1e-5)
+    assert torch.allclose(calls[0][2].cpu(), want, atol=1e-5)
 
 
 def test_labels_are_so_many_of_each_class(of, monkeypatch, tmp_path):
