@@ -279,8 +279,8 @@ A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.9
 
 @pytest.mark.parametrize("argv, paper, more", [
     ("--task mask", BM, dict(view=(224, 224), token_at="decoder", decoder="4x384x6")),
-    ("--task zoom_in_mask", BM, dict(view=(320, 320), peak_lr=1.2e-3, accum=4, mask_ratio=0.75)),
-    ("--task a2mim", A2, dict(token_at=8, peak_lr=8e-4, accum=4)),
+    ("--task zoom_in_mask", BM, dict(view=(320, 320), peak_lr=1.2e-3, accum=2, mask_ratio=0.75)),
+    ("--task a2mim", A2, dict(token_at=8, peak_lr=8e-4, accum=2)),
     ("--task a2mim --model vit_small", A2, dict(model="vit_small", epochs=300, token_at=5)),
     ("--task a2mim --model resnet50", A2,
      dict(model="resnet50", epochs=300, lr=1.5e-4, clip=0, token_at=3)),
