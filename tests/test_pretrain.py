@@ -269,7 +269,8 @@ def test_no_weight_decay_on_biases_norms_tokens_positions():
 
 
 IMAGENET = P.MemorySet(torch.empty(1281167, 3, 0, 0, dtype=torch.uint8), range(1281167), [], "")
-BOTH = dict(model="vit_base", img_size=[224, 224], patch_size=16, weight_decay=0.05, micro_batch=128)
+BOTH = dict(model="vit_base", img_size=[224, 224], patch_size=16, weight_decay=0.05,
+            micro_batch=128)
 BM = dict(BOTH, batch_size=2048, epochs=300, warmed=20, lr=1.5e-4, betas=[0.9, 0.95], clip=0,
           crop=[0.2, 1], loss="mse", norm_target="patch", freq=[0, 1, False])
 A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.999], clip=5,
