@@ -125,10 +125,8 @@ def main(argv=None):
         # how all processes stand; what cannot go on stops here, before the weights
         timed, done = timed + 1, step + 1
         unread.append(loss)
-        leaving = False
-        if pretrain.to_be_read(done, args, process, received):
-            read, leaving = pretrain.agree(unread, norm, received, step, args, data, process)
-            recent, unread = recent + read, []
+        read, leaving = pretrain.agree(unread, norm, received, step, args, data, process)
+        recent += read
 
         # the step
         scaler.step(optimizer)

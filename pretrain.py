@@ -123,10 +123,8 @@ def main(argv=None):
         # how all processes stand; what cannot go on stops here, before the weights
         timed, done = timed + 1, step + 1
         unread.append(loss)
-        leaving = False
-        if to_be_read(done, args, process, received):
-            read, leaving = agree(unread, norm, received, step, args, data, process)
-            recent, unread = recent + read, []
+        read, leaving = agree(unread, norm, received, step, args, data, process)
+        recent += read
 
         # the step
         scaler.step(optimizer)
@@ -579,25 +577,23 @@ def clipped_norm(model, clip):
     return norm
 
 
-def to_be_read(done, args, process, received):
-    """Whether the losses are read behind step `done`. A GPU is waited for to read them: that is
-    done where a line is logged or a checkpoint saved, and when this process alone has a signal.
-    """
-    return (process.device.type != "cuda" or received and process.world == 1 or done == args.total
-            or done % args.log_every == 0 or done % args.save_every == 0)
-
-
 def agree(unread, norm, received, step, args, data, process):
-    """The losses of the last steps, means over the processes, and whether one of them was sent a
-    signal.
+    """The losses that were unread, means over the processes, and whether one of them was sent a
+    signal. To read is to wait for a GPU: there that is done where a line is logged or a checkpoint
+    saved, and when a process that is alone has a signal. Else: none, False.
 
     Failed when a loss or the gradient's norm is not finite (fp16's scaler leaves out a step of the
     latter), or when more than 1% of this epoch's images could not be read.
     """
+    done, alone = step + 1, process.world == 1
+    if not (process.device.type != "cuda" or alone and received or done == args.total
+            or done % args.log_every == 0 or done % args.save_every == 0):
+        return [], False
     epoch = step * args.batch_size // len(data)
     bad = sum(last >= epoch for last in data.bad.values())
-    unread = [float(loss) / process.world for loss in unread]
-    leaving, bad, *found = sum_over_processes([len(received), bad, *unread], process)
+    mine = [float(loss) / process.world for loss in unread]
+    unread.clear()
+    leaving, bad, *found = sum_over_processes([len(received), bad, *mine], process)
     refuse_bad(data, bad, process)
     if not np.isfinite(found).all() or not (norm.isfinite() or args.amp == "fp16"):
         raise Failed("" if process.rank else f"step {step + 1}: the loss is {found[-1]}, the "
