@@ -196,15 +196,16 @@ def test_the_command_that_measures_torchvisions_weights(labelled, tmp_path):
 
 def test_the_tables_of_results_are_what_the_runs_found():
     folder = ROOT / ".github/results"
-    pages = README + (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text()
     results = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    assert len(results) >= 5 and claims.claims_table(
-        {name: results.get(name, {}) for name in ("shapes", "resnet18")}) in README
+    assert len(results) >= 5
+    tried = claims.claims_table({name: results[name] for name in ("shapes", "resnet18")})
+    assert tried in page and "\n".join(tried.splitlines()[:9]) in README  # its head
     for stem, found in results.items():
         name, _, network = stem.partition("-")
         dense = name == "scenes"
         table = claims.dense_table(found, network) if dense else claims.table(found, name)
-        assert table in pages, stem
+        assert table in page, stem
 
 
 def test_the_export_command_and_the_encoder_in_three_lines(tmp_path):
