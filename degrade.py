@@ -31,6 +31,11 @@ def pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def moved(x, device):
+    """x on the device. A CUDA GPU is not waited for; Apple's might read what is freed by then."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def random_numbers(batch, *shape, generator=None, within=None, draw=torch.rand):
     """Uniform numbers in [0, 1), or those of another `draw`: (batch, *shape)."""
     first, total = within or (0, batch)
@@ -137,8 +142,7 @@ def fill_hidden(images, hidden, p, fill="mean"):
     color = images.mean((2, 3), keepdim=True)
     if fill != "mean":
         color = torch.tensor(ZERO if C == 3 else [0.45] * C).view(C, 1, 1)
-        color = color.to(images.device, non_blocking=True)
-    hidden = hidden.to(images.device, non_blocking=True)
+        color = moved(color, images.device)
     return torch.where(patch_pixels(hidden, p, images.shape[2:]), color, images)
 
 
@@ -217,7 +221,7 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     room = torch.tensor([n - m + 1 for n, m in zip(whole, region)])
     u = random_numbers(len(images), 2, generator=generator, within=within)
     box = torch.cat([(u * room).floor(), torch.tensor(region).expand(len(images), 2)], dim=1)
-    return crop_resize(images, box.to(images.device), size)
+    return crop_resize(images, moved(box, images.device), size)
 
 
 def others_patches(images, p, generator, within):
@@ -231,7 +235,7 @@ def others_patches(images, p, generator, within):
     own, n = torch.arange(B).view(B, 1, 1), min(B, 4)
     first = (own // 4 * 4).clamp(max=B - n)
     which = first + (own - first + 1 + (u * (n - 1)).long()) % n  # (B, h, w)
-    which = which.repeat_interleave(p, 1)[:, :H].repeat_interleave(p, 2)[:, :, :W].to(images.device)
+    which = moved(which, images.device).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, :H, :W]
     y, x = (torch.arange(n, device=images.device) for n in (H, W))
     return images.movedim(1, 3)[which, y[:, None], x].movedim(3, 1)
 
@@ -262,19 +266,21 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=
     for height in heights.round().unique().tolist():
         rows = (heights.round() == height).nonzero()[:, 0]
         h, w = at_height(height, (H, W))
-        small = scaled(images[rows], (h, w))  # (b, C, h, w)
+        there = moved(rows, images.device)
+        small = scaled(images[there], (h, w))  # (b, C, h, w)
         # where each canvas row and column is in the small picture, and its mirror image inside
         y = torch.arange(H) - (u[rows, 1] * (H - h + 1)).floor().long()[:, None]  # (b, H)
         x = torch.arange(W) - (u[rows, 2] * (W - w + 1)).floor().long()[:, None]  # (b, W)
+        y, x = (moved(i, images.device) for i in (y, x))
         inside = ((y >= 0) & (y < h))[:, None, :, None] & ((x >= 0) & (x < w))[:, None, None, :]
         y, x = (torch.minimum(i % (2 * n), -(i + 1) % (2 * n)) for i, n in ((y, h), (x, w)))
-        index = (y[:, :, None] * w + x[:, None, :]).flatten(1)[:, None].to(images.device)
+        index = (y[:, :, None] * w + x[:, None, :]).flatten(1)[:, None]
         out = small.flatten(2).gather(2, index.expand(-1, C, -1)).view(-1, C, H, W)
         if zoom_fill == "none":
             out = scaled(small, (H, W))
         elif zoom_fill != "mirror":
-            out = torch.where(inside.to(images.device), out, around[rows])
-        canvas[rows] = out
+            out = torch.where(inside, out, around[there])
+        canvas[there] = out
     return canvas
 
 
@@ -290,7 +296,7 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
     B, _, H, W = images.shape
     if not 0 <= twist[0] <= twist[1] <= 1:
         raise ValueError(f"twist {twist[0]} {twist[1]} is not 0 <= smallest <= largest <= 1")
-    u = random_numbers(B, 3, generator=generator, within=within).to(images.device)
+    u = moved(random_numbers(B, 3, generator=generator, within=within), images.device)
     c = 2 * u[:, None, None, :2] - 1
     t = (twist[0] + (twist[1] - twist[0]) * u[:, 2]).view(B, 1, 1, 1)
     y, x = (torch.linspace(-1, 1, n, device=images.device) for n in (H, W))
@@ -307,8 +313,8 @@ def wave(images, height=0.05, length=0.5, generator=None, within=None):
     B, C, H, W = images.shape
     phase = random_numbers(B, 1, generator=generator, within=within)
     angle = 2 * math.pi * (torch.arange(H) / (length * H) + phase)
-    x = torch.arange(W) + (height * W * torch.sin(angle))[:, :, None]
-    x = x[:, None].to(images.device)  # (B, 1, H, W)
+    shift = moved(height * W * torch.sin(angle), images.device)[:, None, :, None]
+    x = torch.arange(W, device=images.device) + shift  # (B, 1, H, W)
     low = x.floor().long()
     fraction = x - low
     left, right = (images.gather(3, (i % W).expand(-1, C, -1, -1)) for i in (low, low + 1))
@@ -347,7 +353,7 @@ def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None)
         kernel = noise * dict(kaiming=2 ** 0.5, xavier=1.0)[blur_init] / sides
     kernel = kernel * near[:, None, :, None] * near[:, None, None, :]
     padded = F.pad(images, [k // 2] * 4, mode="replicate").view(1, B * C, H + k - 1, W + k - 1)
-    kernel = kernel.view(B * C, 1, k, k).to(images)
+    kernel = moved(kernel.view(B * C, 1, k, k), images.device).to(images.dtype)
     return F.conv2d(padded, kernel, groups=B * C).view(B, C, H, W)
 
 
@@ -479,7 +485,7 @@ def view_size(task, size, view_size=None):
 class Degraded(NamedTuple):
     """What a task makes of a view."""
     inputs: torch.Tensor  # (B, C, S, S) what the encoder is given
-    hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder, in the CPU's memory
+    hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder; on the CPU
     target: torch.Tensor  # (B, C, S, S), or (B, C, V, V) where it is all of the view
     counted: torch.Tensor | None  # (B, N) bool, the patches that are compared; None = all
     filled: bool = False  # True: hidden patches hold a fill. False: the encoder drops them
@@ -516,15 +522,14 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         if not hidden[0].any():
             raise ValueError(f"mask ratio {values['mask_ratio']} hides none of the cells of "
                              f"{values['mask_unit']} patches a side: choose a larger one, or 0")
+    there = None if hidden is None else moved(hidden, view.device)
     filled = hidden is not None and values["fill"] is not None
     if filled:
-        inputs = fill_hidden(inputs, hidden, patch_size, values["fill"])
+        inputs = fill_hidden(inputs, there, patch_size, values["fill"])
 
     # what is to be recovered
     target = row.target(view, size)
-    counted = None
-    if hidden is not None and row.compare == "hidden":
-        counted = hidden.to(view.device, non_blocking=True)
+    counted = there if row.compare == "hidden" else None
     return Degraded(inputs, hidden, target, counted, filled)
 
 

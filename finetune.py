@@ -103,8 +103,8 @@ def main(argv=None):
             drop = None
             if args.drop_path:
                 drop = models.drop_path(len(view), model.branches, args.drop_path,
-                                        seeded(args.seed, DROP, step),
-                                        (row, args.batch_size)).to(device, non_blocking=True)
+                                        seeded(args.seed, DROP, step), (row, args.batch_size))
+                drop = degrade.moved(drop, device)
             more = []
             if args.head == "detect":  # its losses are of boxes that are drawn at random
                 torch.manual_seed(seeded(args.seed, SAMPLE, step, row).initial_seed())
@@ -122,19 +122,19 @@ def main(argv=None):
         scaler.unscale_(optimizer)
         norm = pretrain.clipped_norm(model, args.clip)
 
-        # how all processes stand; what cannot go on stops here, before the weights
+        # how all processes stand; what cannot go on stops here, before it is saved
         timed, done = timed + 1, step + 1
-        unread.append(loss)
-        read, leaving = pretrain.agree(unread, norm, received, step, args, data, process)
-        recent += read
+        unread.append(torch.stack([loss, norm]))
+        found, leaving = pretrain.agree(unread, received, done, args, data, process)
+        recent += found
 
         # the step
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         speed = timed * args.batch_size / (time.perf_counter() - clock)
-        if recent:
-            bar.set_postfix(loss=f"{recent[-1]:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}",
+        if found:
+            bar.set_postfix(loss=f"{found[-1]:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}",
                             refresh=False)
         bar.update()
 
@@ -609,7 +609,7 @@ class BoxSet(AnnotatedSet):
 
     def to_device(self, views, device):
         return ([pretrain.FolderSet.to_device(self, image, device) for image, _ in views],
-                [{name: x.to(device, non_blocking=True) for name, x in objects.items()}
+                [{name: degrade.moved(x, device) for name, x in objects.items()}
                  for _, objects in views])
 
     def batches(self, *args, **more):

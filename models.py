@@ -228,13 +228,13 @@ class Block(nn.Module):
         return x + branch(self.mlp(self.norm2(x)), drop, 1)
 
 
-def visible(hidden, device):
-    """The index of what is not hidden (B, N), the same count in every row: rows (B, 1), patches
-    (B, visible). A mask in the CPU's memory makes no GPU wait to be counted.
+def visible_index(hidden, device):
+    """The patches that are not hidden (B, N), as many in every row, as an index on the device: rows
+    (B, 1), patches (B, visible). A mask on the CPU is counted there: no GPU is waited for.
     """
     patches = (~hidden).nonzero(as_tuple=True)[1].view(len(hidden), -1)
     rows = torch.arange(len(hidden), device=device)[:, None]
-    return rows, patches.to(device, non_blocking=True)
+    return rows, patches.to(device, non_blocking=device.type == "cuda")
 
 
 def xavier(m):
@@ -303,7 +303,7 @@ class ViT(Encoder):
             index = None if index is None else relative_index(grid, index.device)
         index = None if index is None else index[None]  # (1, 1 + N, 1 + N)
         if hidden is not None:
-            row, patch = visible(hidden, x.device)
+            row, patch = visible_index(hidden, x.device)
             x = x[row, patch]  # (B, visible, C p p)
             seen = F.pad(patch + 1, (1, 0))  # (B, 1 + visible)
             position = position[0, seen]
@@ -491,7 +491,8 @@ class EncoderDecoder(ViT):
         x = self.decoder_embed(z)  # (B, 1 + visible, d)
         if hidden is not None:
             full = self.mask_token.to(x.dtype).expand(*hidden.shape, -1)
-            full = full.index_put(visible(hidden, x.device), x[:, 1:])  # masked_scatter is slower
+            index = visible_index(hidden, x.device)
+            full = full.index_put(index, x[:, 1:])  # masked_scatter is slower
             x = torch.cat([x[:, :1], full], dim=1)
         x = x + self.decoder_pos_embed  # (B, 1 + N, d)
         for block in self.decoder_blocks:
@@ -536,7 +537,7 @@ class MaskToken:
 
     def downsample(self, z, hidden):
         """D: each position's hidden share in [0, 1], (B, 1 + N, 1) or (B, 1, h, w) as z is."""
-        hidden = hidden.to(z.device, non_blocking=True)
+        hidden = hidden.to(z.device, non_blocking=z.is_cuda)
         if self.tokens:
             return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)  # never the cls token
         mask = hidden.view(-1, 1, *self.grid)

@@ -120,19 +120,19 @@ def main(argv=None):
         scaler.unscale_(optimizer)
         norm = clipped_norm(model, args.clip)
 
-        # how all processes stand; what cannot go on stops here, before the weights
+        # how all processes stand; what cannot go on stops here, before it is saved
         timed, done = timed + 1, step + 1
-        unread.append(loss)
-        read, leaving = agree(unread, norm, received, step, args, data, process)
-        recent += read
+        unread.append(torch.stack([loss, norm]))
+        found, leaving = agree(unread, received, done, args, data, process)
+        recent += found
 
         # the step
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         speed = timed * args.batch_size / (time.perf_counter() - clock)
-        if recent:
-            bar.set_postfix(loss=f"{recent[-1]:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}",
+        if found:
+            bar.set_postfix(loss=f"{found[-1]:.4f}", lr=f"{lr:.2e}", images_s=f"{speed:.0f}",
                             refresh=False)
         bar.update()
 
@@ -484,10 +484,15 @@ def set_up(device):
     """Join the processes that torchrun started, or be the only one -> Process."""
     rank, world, local, here = (int(os.environ.get(name, default)) for name, default in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    backend = "gloo"
     if device == "cuda":
         gpus = torch.cuda.device_count()
         check(gpus, "--device cuda: no GPU is found here")
-        device = f"cuda:{local % gpus}"  # more processes than GPUs share them
+        check(here <= gpus or here == world,
+              f"--nproc_per_node={here}: this machine has {gpus} GPUs")
+        if here <= gpus:
+            backend = "cpu:gloo,cuda:nccl"  # what is on the CPU waits for no GPU
+        device = f"cuda:{local % gpus}"  # on one machine more processes than GPUs share them
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
     given = os.environ.get("OMP_NUM_THREADS")
@@ -498,8 +503,7 @@ def set_up(device):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if world > 1:
-        alone = device.startswith("cuda") and here <= gpus  # NCCL wants a GPU a process
-        dist.init_process_group("nccl" if alone else "gloo")
+        dist.init_process_group(backend)
     return Process(rank, world, torch.device(device))
 
 
@@ -507,7 +511,7 @@ def sum_over_processes(values, process):
     """A list of numbers, summed over the processes. All come here at the same point."""
     if process.world == 1:
         return values
-    summed = torch.tensor(values, dtype=torch.float64, device=process.device)
+    summed = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(summed)
     return summed.tolist()
 
@@ -577,28 +581,32 @@ def clipped_norm(model, clip):
     return norm
 
 
-def agree(unread, norm, received, step, args, data, process):
-    """The losses that were unread, means over the processes, and whether one of them was sent a
-    signal. To read is to wait for a GPU: there that is done where a line is logged or a checkpoint
-    saved, and when a process that is alone has a signal. Else: none, False.
+def agree(unread, received, done, args, data, process):
+    """The losses of the steps in `unread`, means over the processes, and whether one of these was
+    sent a signal. To read is to wait for a GPU: there it is done where a line is logged, a
+    checkpoint saved, or the run left. Else: none, False.
 
-    Failed when a loss or the gradient's norm is not finite (fp16's scaler leaves out a step of the
-    latter), or when more than 1% of this epoch's images could not be read.
+    unread: the loss and the gradient's norm (2,) of each step up to `done`. Failed when one of them
+    is not finite (fp16's scaler leaves out a step of such a norm), or when more than 1% of this
+    epoch's images could not be read.
     """
-    done, alone = step + 1, process.world == 1
-    if not (process.device.type != "cuda" or alone and received or done == args.total
-            or done % args.log_every == 0 or done % args.save_every == 0):
+    due = process.device.type != "cuda" or done == args.total \
+        or done % args.log_every == 0 or done % args.save_every == 0
+    if not due and not sum_over_processes([len(received)], process)[0]:
         return [], False
-    epoch = step * args.batch_size // len(data)
+    epoch = (done - 1) * args.batch_size // len(data)
     bad = sum(last >= epoch for last in data.bad.values())
-    mine = [float(loss) / process.world for loss in unread]
+    mine, norms = torch.stack(unread, dim=1).tolist()
     unread.clear()
+    mine = [loss / process.world for loss in mine]
     leaving, bad, *found = sum_over_processes([len(received), bad, *mine], process)
     refuse_bad(data, bad, process)
-    if not np.isfinite(found).all() or not (norm.isfinite() or args.amp == "fp16"):
-        raise Failed("" if process.rank else f"step {step + 1}: the loss is {found[-1]}, the "
-                     f"gradient's norm {norm:.3g}; the last checkpoint is intact: --resume with "
-                     "--amp off, or begin again with a lower --lr or a longer --warmup")
+    first = done - len(found) + 1
+    for step, loss, norm in zip(range(first, done + 1), found, norms):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or args.amp == "fp16"):
+            raise Failed("" if process.rank else f"step {step}: the loss is {loss}, the gradient's "
+                         f"norm {norm:.3g}; the last checkpoint is intact: --resume with --amp "
+                         "off, or begin again with a lower --lr or a longer --warmup")
     return found, leaving > 0
 
 
@@ -686,8 +694,8 @@ class MemorySet:
 
     def get(self, index, device):
         there = self.images.device
-        images = self.images[index.to(there, non_blocking=True)]
-        return images.to(device, non_blocking=True).float() / 255
+        images = self.images[degrade.moved(index, there)]
+        return degrade.moved(images, device).float() / 255
 
     def batches(self, wanted, size, scale, seed, device, workers=0, augment=None):
         """wanted: (step, batch, rows of it) ... -> view (k, C, *size), labels (k,) for each.
@@ -697,17 +705,16 @@ class MemorySet:
             places = samples(step, batch, len(self), seed)[rows]
             u = torch.rand(batch, 23, generator=seeded(seed, CROP, step))[rows]
             box = torch.from_numpy(crop_boxes(u.numpy(), *self.images.shape[2:], scale))
-            images = self.get(places[:, 1], device)
-            box = box.to(device, non_blocking=True)
+            images, box = self.get(places[:, 1], device), degrade.moved(box, device)
             view = degrade.crop_resize(images, box, size, cubic=True).clamp(0, 1)
-            turned = (u[:, 22] < 0.5).view(-1, 1, 1, 1).to(device, non_blocking=True)
+            turned = degrade.moved(u[:, 22] < 0.5, device).view(-1, 1, 1, 1)
             view = torch.where(turned, view.flip(3), view)
             if augment:
                 pixels = (view * 255).round().to(torch.uint8).cpu()
                 pixels = [augment(image, seeded(seed, AUGMENT, *place))
                           for image, place in zip(pixels, places.tolist())]
                 view = torch.stack(pixels).to(device).float() / 255
-            yield view, self.labels[places[:, 1]].to(device, non_blocking=True)
+            yield view, degrade.moved(self.labels[places[:, 1]], device)
 
     def plain(self, rows, batch, size, device, workers=0, crop=1.0):
         """The images of `rows` in order, the central `crop` of each side: views, labels ..."""
@@ -888,10 +895,10 @@ class FolderSet(Dataset):
                     raise Failed(f"{list(self.bad)[-1]}; nor can the images after it be read")
                 view, index = view[index >= 0], index[index >= 0]
             if len(index):
-                yield self.to_device(view, device), self.labels[index].to(device)
+                yield self.to_device(view, device), degrade.moved(self.labels[index], device)
 
     def to_device(self, view, device):
-        return view.to(device, non_blocking=True).float() / 255
+        return degrade.moved(view, device).float() / 255
 
     def batches(self, wanted, size, scale, seed, device, workers=0, augment=None):
         """As MemorySet.batches."""

@@ -41,9 +41,8 @@ device, figures, asked = process.device, {}, pretrain.options([])
 amp = pretrain.precision(asked, device)  # a dtype; asked.amp is its name
 
 
-def seconds(work):
-    """Of one; on a GPU of ten in a row, which is not waited for in between, as in training."""
-    n = 10 if device.type == "cuda" else 1
+def seconds(work, n=10 if device.type == "cuda" else 1):
+    """Of one of n in a row. A GPU is not waited for in between, as in training."""
     start = time.perf_counter()
     for _ in range(n):
         work()
@@ -157,7 +156,8 @@ def make_step(flags, to_device=models.to_device):
 def step():
     """Beyond Masking."""
     found = clock(products(torch.float32), 5)
-    report("peak float32, GFLOP/s", [10 * SIDE ** 3 / 1e9 / s for s in found], "GFLOP/s")
+    kind = "TF32" if device.type == "cuda" else "float32"
+    report(f"peak {kind}, GFLOP/s", [10 * SIDE ** 3 / 1e9 / s for s in found], "GFLOP/s")
     for label, flags, repeat in ((f"{VIT_B}, mask", NETWORKS[VIT_B], 15),
                                  ("default small model, batch 256, mask", "", 30)):
         mask, joined = (make_step(f"--task {task} {flags}") for task in ("mask", "zoom_in_mask"))
@@ -389,7 +389,7 @@ def budget():
 def compile_():
     """What --compile adds to a ViT-B/16 step."""
     plain, fast = (make_step(f"--task mask {more} {NETWORKS[VIT_B]}") for more in ("", "--compile"))
-    report("ViT-B/16: compiling", [seconds(fast)], "s")
+    report("ViT-B/16: compiling", [seconds(fast, 1)], "s")
     report_ratio("ViT-B/16: --compile, speed", in_turn(5, fast, plain))
 
 

@@ -773,6 +773,32 @@ def test_a_gradient_that_overflows(amp, run, at, monkeypatch, tmp_path):
         assert re.search(r"step 3: the loss is \d", complaint)
 
 
+def test_a_gpu_is_waited_for_where_a_line_is_logged():
+    """Its losses are read together, every one once; a signal is seen at once; and of a step that
+    was not finite the number is told.
+    """
+    args = P.options("--log_every 4 --save_every 50".split())
+    args.total, gpu = 100, P.Process(0, 1, torch.device("cuda"))
+
+    def read(losses, norms=(1.0,) * 8, received=()):
+        unread, found = [], []
+        for done, both in enumerate(zip(losses, norms), 1):
+            unread.append(torch.tensor(both))
+            found.append(P.agree(unread, received, done, args, IMAGENET, gpu))
+        return found
+
+    assert read([1.0, 2.0, 3.0, 4.0, 5.0]) == [([], False)] * 3 + [([1, 2, 3, 4], False)] \
+        + [([], False)]
+    assert read([1.0, 2.0], received=[signal.SIGTERM]) == [([1], True), ([2], True)]
+    with pytest.raises(P.Failed, match="step 2: the loss is inf"):
+        read([1.0, math.inf, 1.0, 1.0])
+    args.amp = "bf16"
+    with pytest.raises(P.Failed, match="step 3: the loss is 1.0, the gradient's norm inf"):
+        read([1.0] * 4, [1.0, 1.0, math.inf, 1.0])
+    args.amp = "fp16"
+    assert read([1.0] * 4, [1.0, 1.0, math.inf, 1.0])[3] == ([1] * 4, False)
+
+
 def test_an_accident_shows_its_traceback(run, monkeypatch):
     monkeypatch.setattr(losses, "recovery_loss", lambda *_: int("an edited line"))
     code, _, complaint = run()
