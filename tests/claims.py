@@ -414,9 +414,11 @@ class Work:
             self.left -= 1
             if not there:
                 self.took.append(time.monotonic() - began)
-            hours = self.left * statistics.mean(self.took or [0]) / self.workers / 3600
-            print(f"{data}/{out.name} {found}\n{self.left} commands left, {hours:.1f} h",
-                  flush=True)
+            said = f"{data}/{out.name} {found}\n{self.left} commands left"
+            if self.took:
+                hours = self.left * statistics.mean(self.took) / self.workers / 3600
+                said += f", {hours:.1f} h"
+            print(said, flush=True)
         return True
 
     def stop(self, why="stopped: the same command goes on"):
