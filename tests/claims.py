@@ -108,15 +108,15 @@ MEASURES = dict(top1="fine-tuned", linear="linear probe", mended="of the probe's
 LESS = ("low_pass", "variance", "mended")  # the better has less of it
 # Student's t at 5%, two-sided, by degrees of freedom: the seeds of both arms, less two
 STUDENT = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8}
-# analyze.py's commands, what is taken from their numbers {..} of one run, and of which runs: those
-# fine-tuned, or the encoders
+# analyze.py's commands, what is taken from their numbers {..} of one run (of Fig. 3 the mean over
+# depth), and of which runs: those fine-tuned, or the encoders
 FIGURES = {
     # above chance, of ten classes
     "kept": ("occlusion", lambda r: 100 * (r["mean"][r["dropped"].index(0.5)] - 10)
              / max(1, r["intact"] - 10), True),
     "middle": ("interaction", lambda r: r["share_05_to_50"], True),
     "low_pass": ("fourier", lambda r: statistics.mean(x[-1] for x in r["mean"]), False),
-    "variance": ("variance", lambda r: r["mean"][-1][0], False)}
+    "variance": ("variance", lambda r: statistics.mean(x[0] for x in r["mean"]), False)}
 
 
 class Claim(NamedTuple):
