@@ -201,6 +201,7 @@ def test_the_tables_of_results_are_what_the_runs_found():
     assert len(results) >= 5
     tried = claims.claims_table({name: results[name] for name in ("shapes", "resnet18")})
     assert tried in page and "\n".join(tried.splitlines()[:9]) in README  # its head
+    assert f"tries {len(claims.CLAIMS)} claims" in README
     for stem, found in results.items():
         name, _, network = stem.partition("-")
         dense = name == "scenes"
