@@ -148,11 +148,11 @@ CLAIMS = [  # what matters most first
           over("zoom_in_mask", "mask"), 3),
     Claim("pays", "BM Tables 1, 2", "every task beats random weights", BOTH, "top1",
           [(task, "none") for task in BM_TASKS], 3),
-    Claim("pays_resnet", "A2 5.2", "masked modelling beats random weights", RESNET, "top1",
-          [("a2mim", "none"), ("simmim", "none")], 3, "-"),
     Claim("order", "BM Tables 1, 2", "the order of the tasks", BOTH, "top1",
           [*itertools.combinations((*BM_TASKS, "none"), 2)], 3),
     Claim("a2mim", "A2 Table 2", "a2mim beats simmim", BOTH, "top1", over("a2mim", "simmim"), 3),
+    Claim("pays_resnet", "A2 5.2", "masked modelling beats random weights", RESNET, "top1",
+          [("a2mim", "none"), ("simmim", "none")], 3, "-"),
     Claim("a2mim_resnet", "A2 Table 1", "a2mim beats simmim", RESNET, "top1",
           over("a2mim", "simmim"), 3, "ResNet-50: 78.8, 78.2"),
     Claim("linear", "BM 5", "zoom_in_mask beats mask in a linear probe", BOTH, "linear",
@@ -488,14 +488,16 @@ def claims_table(results):
     for row in CLAIMS:
         for data in row.sets.split():
             pairs = [p for p in row.pairs if not any(grey(data, str(x)) for x in p)]
-            claim = row._replace(pairs=pairs)
+            # a ResNet of random weights is fine-tuned to 99%, which leaves A2's ablations no room
+            ablation = data == RESNET and row.sets == NETWORKS
+            claim = row._replace(pairs=pairs, measure="linear" if ablation else row.measure)
             found = by_seed(results.get(data, {}), claim.measure)
             arms = [arm for arm in claim.arms() if arm in found]
             if any(a in found and (b in found or isinstance(b, float)) for a, b in claim.pairs):
                 digits = 2 if claim.measure in LESS else 1
                 ours = ", ".join(f"`{arm}` {spread(found[arm], digits)}" for arm in arms)
                 theirs = claim.paper
-                if claim.measure == "top1" and not theirs:
+                if row.measure == "top1" and not theirs:
                     theirs = ", ".join(str(PAPER.get(arm, "-")) for arm in arms)
                 cells = [theirs, data, f"{MEASURES[claim.measure]}: {ours}"]
                 shown = ["as above"] * 3 if cells == last and theirs else cells
