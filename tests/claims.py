@@ -565,18 +565,19 @@ def sheet(args, width=1320):
     for name, more in dict(reconstruct=["--rows", "4"], curves=[]).items() if runs else ():
         analyze.main([name, *runs, *more, "--resume", "--out", str(out)])
         drawn.append((name, out / f"{name}.png"))
-    for data, name in itertools.product(("shapes", "resnet18"),
-                                        ("occlusion interaction", "fourier variance")):
-        parts, file = [], out / f"{name} {data}.png"
-        for one in name.split():
+    for name in ("occlusion", "interaction", "fourier variance"):
+        parts, file = [], out / f"{name}.png"
+        for data, one in itertools.product(("shapes", "resnet18"), name.split()):
             found = {}
             for numbers in sorted((args.out / data).glob(f"{one}-*-0/{one}.json")):
                 run, = json.loads(numbers.read_text())["runs"].values()
                 found[numbers.parent.name.split("-")[1]] = run
-            parts += analyze.NAMES[one][2](found) if found else []
+            network = SETS[data].get("model", "vit_micro")
+            for panel in analyze.NAMES[one][2](found) if found else ():
+                parts.append(dict(panel, title=f"{panel['title']}, {network}"))
         if parts:
             analyze.draw(parts, file)
-            drawn.append((f"{name}, {SETS[data].get('model', 'vit_micro')}", file))
+            drawn.append((name, file))
     pretrain.check(drawn, f"there are no runs to draw in {args.out}")
     rows = []
     for title, file in drawn:
@@ -589,12 +590,19 @@ def sheet(args, width=1320):
 
 
 def panels(args):
-    """PANELS on the built-in pictures, ours on the left axis, the paper's on the right."""
+    """PANELS on the built-in pictures, where two arms are measured: ours on the left axis, the
+    paper's on the right.
+    """
     from matplotlib import pyplot as plt
     file = args.out / "shapes/results.json"
     found = by_seed(json.loads(file.read_text()), "top1") if file.exists() else {}
-    figure, axes = plt.subplots(3, 3, figsize=(14, 12), layout="constrained")
-    for ax, (title, arms) in zip(axes.flat, PANELS.items()):
+    tried = {t: arms for t, arms in PANELS.items() if sum(a in found for a in arms.split()) > 1}
+    if not tried:
+        return
+    rows, columns = math.ceil(len(tried) / 3), min(len(tried), 3)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False,
+                                layout="constrained")
+    for ax, (title, arms) in zip(axes.flat, tried.items()):
         arms = {arm.partition(".")[2] or arm: arm for arm in arms.split()}
         ours = {t: found[arm] for t, arm in arms.items() if arm in found}
         theirs = {t: PAPER[arm] for t, arm in arms.items() if arm in PAPER and "A2" not in title}

@@ -202,11 +202,12 @@ def test_the_tables_of_results_are_what_the_runs_found():
     tried = claims.claims_table({name: results[name] for name in ("shapes", "resnet18")})
     rows = tried.splitlines()
     assert tried in page and "\n".join(rows[:10]) in README  # its head
-    hold, part, no, cannot = (sum(f"**{word}" in row for row in rows)
-                              for word in ("holds", "in part", "does not", "cannot"))
+    hold, part, no, cannot, few = (
+        sum(f"**{word}" in row for row in rows)
+        for word in ("holds", "in part", "does not", "cannot", "too few"))
     assert f"tries {len(claims.CLAIMS)} claims" in README
     assert (f"So far {len(rows) - 2} rows have been run: {hold} hold, {part} hold in part, {no} do "
-            f"not, {cannot} cannot be told.") in " ".join(README.split())
+            f"not, {cannot} cannot be told, {few} of too few seeds.") in " ".join(README.split())
     for stem, found in results.items():
         name, _, network = stem.partition("-")
         dense = name == "scenes"
