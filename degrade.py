@@ -485,7 +485,7 @@ def view_size(task, size, view_size=None):
 class Degraded(NamedTuple):
     """What a task makes of a view."""
     inputs: torch.Tensor  # (B, C, S, S) what the encoder is given
-    hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder; on the CPU
+    hidden: torch.Tensor | None  # (B, N) bool, True = not seen by the encoder; drawn on the CPU
     target: torch.Tensor  # (B, C, S, S), or (B, C, V, V) where it is all of the view
     counted: torch.Tensor | None  # (B, N) bool, the patches that are compared; None = all
     filled: bool = False  # True: hidden patches hold a fill. False: the encoder drops them

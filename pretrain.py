@@ -601,8 +601,7 @@ def agree(unread, received, done, args, data, process):
     mine = [loss / process.world for loss in mine]
     leaving, bad, *found = sum_over_processes([len(received), bad, *mine], process)
     refuse_bad(data, bad, process)
-    first = done - len(found) + 1
-    for step, loss, norm in zip(range(first, done + 1), found, norms):
+    for step, (loss, norm) in enumerate(zip(found, norms), done - len(found) + 1):
         if not math.isfinite(loss) or not (math.isfinite(norm) or args.amp == "fp16"):
             raise Failed("" if process.rank else f"step {step}: the loss is {loss}, the gradient's "
                          f"norm {norm:.3g}; the last checkpoint is intact: --resume with --amp "

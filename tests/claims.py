@@ -15,7 +15,8 @@ budget). No setting is tuned to an arm.
 An encoder is measured by k-NN and a linear probe (probe.py), and by fine-tuning with 100 labels a
 class (finetune.py), which its seed draws. What else a claim asks for is measured for its arms:
 detection, segmentation, two blocks on frozen tokens, A2's figures. Those of A2's Fig. 1 are
-fine-tuned with all labels, and `supervised` is that from random weights.
+fine-tuned with all labels, and `supervised` is that from random weights. A2's ablations of a ResNet
+are judged by the linear probe.
 
 The rule. Two arms differ when their means differ by more than t standard errors. The error is of
 the deviation over seeds, pooled: an arm of one seed is given the other's. t is Student's at 5%: 2.8

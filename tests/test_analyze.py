@@ -385,6 +385,7 @@ def test_a_claim_is_judged_by_its_rule():
     half = "in part: 1 of 2 pairs, {} the other way round".format
     assert judged(("good", "bad"), ("good", "near")) == half(0)
     assert judged(("good", "bad"), ("bad", "good")) == half(1)
+    assert judged(("good", "bad"), ("good", "near"), ("near", "bad")).startswith("in part: 1 of 3")
     assert judged(("good", "near"), ("bad", "good")) == "does not"
     assert judged(("good", 7.5)) == "holds" and judged(("bad", 10.1)) == "does not"
 
