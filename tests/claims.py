@@ -12,11 +12,11 @@ All full-length arms of a set get about the same time on a core. It is given in 
 that drops 75% of the patches gets 2.8 times as many, each that much shorter (tests/bench.py
 budget). No setting is tuned to an arm.
 
-An encoder is measured by k-NN and a linear probe (probe.py), and by fine-tuning with 100 labels a
-class (finetune.py), which its seed draws. What else a claim asks for is measured for its arms:
-detection, segmentation, two blocks on frozen tokens, A2's figures. Those of A2's Fig. 1 are
-fine-tuned with all labels, and `supervised` is that from random weights. A2's ablations of a ResNet
-are judged by the linear probe.
+A task's encoder is measured by k-NN and a linear probe (probe.py), and by fine-tuning with 100
+labels a class (finetune.py), which its seed draws; TASK.NAME's by what its claims ask for. Some
+ask for more: detection, segmentation, two blocks on frozen tokens, A2's figures. Those of A2's
+Fig. 1 are fine-tuned with all labels, and `supervised` is that from random weights. A2's ablations
+of a ResNet are judged by the linear probe.
 
 The rule. Two arms differ when their means differ by more than t standard errors. The error is of
 the deviation over seeds, pooled: an arm of one seed is given the other's. t is Student's at 5%: 2.8
@@ -135,6 +135,17 @@ class Claim(NamedTuple):
     def arms(self):
         sides = itertools.chain(*zip(*self.pairs))
         return list(dict.fromkeys(x for x in sides if isinstance(x, str)))
+
+    def on(self, data):
+        """The claim as it is tried on a set."""
+        pairs = [p for p in self.pairs if not any(grey(data, str(x)) for x in p)]
+        # a ResNet of random weights is fine-tuned to 99%, which leaves A2's ablations no room
+        ablation = data == RESNET and self.sets == NETWORKS
+        return self._replace(pairs=pairs, measure="linear" if ablation else self.measure)
+
+    def asks_for(self, arm, seed):
+        better = arm in ("none", self.pairs[0][0])  # three seeds, for want of an error
+        return arm in self.arms() and (better or seed < self.seeds)
 
 
 def over(better, *worse):
@@ -271,10 +282,8 @@ def encoders(args):
     for seeds, data, seed in itertools.product((3, 1), args.data, range(args.seeds)):
         for claim in args.claims:
             if data in claim.sets.split() and claim.seeds == seeds:
-                for arm in claim.arms():
-                    three = arm in ("none", claim.pairs[0][0])  # for want of an error
-                    if not grey(data, arm) and (seed < seeds or three):
-                        found[data, arm, seed] = None
+                claim = claim.on(data)
+                found |= {(data, a, seed): None for a in claim.arms() if claim.asks_for(a, seed)}
     return list(found)
 
 
@@ -316,10 +325,13 @@ def jobs(args, data, arm, seed):
         text = re.sub(r"\[(\d+)\]", lambda m: str(round(int(m[1]) * size / 224)), text)
         more = f"--task {task} --batch_size 128 --lr 3e-3 --save_every 1000"
         add("pretrain", "", n, seed, *more.split(), *text.split())
-    wanted = {c.measure for c in args.claims
-              if data in c.sets.split() and arm in c.arms() and seed < c.seeds}
-    if arm != "supervised":
+    wanted = {c.on(data).measure for c in args.claims
+              if data in c.sets.split() and c.asks_for(arm, seed)}
+    if not variant and arm != "supervised":  # what the table of tasks shows
+        wanted |= {"linear", "top1"}
+    if "linear" in wanted:
         add("probe", "", None, seed, "--weights", weights)
+    if "top1" in wanted:
         add("finetune", f"-{LABELS}", 500, seed, "--weights", weights, "--labels", LABELS,
             "--save_every", 100000)
     if "mended" in wanted:
@@ -488,10 +500,7 @@ def claims_table(results):
     rows, last = [["claim", "the paper's", "on", "ours", "does it hold?"]], None
     for row in CLAIMS:
         for data in row.sets.split():
-            pairs = [p for p in row.pairs if not any(grey(data, str(x)) for x in p)]
-            # a ResNet of random weights is fine-tuned to 99%, which leaves A2's ablations no room
-            ablation = data == RESNET and row.sets == NETWORKS
-            claim = row._replace(pairs=pairs, measure="linear" if ablation else row.measure)
+            claim = row.on(data)
             found = by_seed(results.get(data, {}), claim.measure)
             arms = [arm for arm in claim.arms() if arm in found]
             if any(a in found and (b in found or isinstance(b, float)) for a, b in claim.pairs):
