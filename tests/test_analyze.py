@@ -429,6 +429,17 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
     assert row in (tmp_path / "claims.md").read_text()
 
 
+def test_a_figure_is_drawn_of_two_arms_that_are_measured(tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    found, drawn = {}, tmp_path / "figures/claims.png"
+    (tmp_path / "shapes").mkdir()
+    for arm, there in (("zoom_in", False), ("zoom_in.96", True)):
+        found[f"finetune-{arm}-0-100"] = dict(top1=50.0)
+        (tmp_path / "shapes/results.json").write_text(json.dumps(found))
+        assert pretrain.command(claims.main, ["--sheet", "--out", str(tmp_path)]) == 2
+        assert "there are no runs to draw" in capfd.readouterr().err and drawn.exists() == there
+
+
 def test_figures_are_of_the_images_that_can_be_read(do, labelled, tmp_path):
     """One of 113 images is broken: it is not counted. Two are too many."""
     data = tmp_path / "data"
