@@ -10,7 +10,7 @@ float32 batch, on any device.
     python degrade.py photo.jpg        the same on your image
 
 B batch, C channels, S model input size, V view size (>= S), p patch size, N = (S/p)^2 patches.
-hidden (B, N) bool: True = the encoder does not see this patch. Images are RGB (or N channels) in
+hidden (B, N) bool: True = the encoder does not see this patch. Images are RGB (or C channels) in
 [0, 1]. Random functions take a torch.Generator, on the CPU, so that every device gets the same
 numbers, and `within` = (first, total): the batch is rows first .. first + B of a whole of `total`.
 The numbers are the whole's, however it is shared out among processes. None: the batch is the whole.
@@ -56,7 +56,8 @@ def cells_of(grid, ratio, unit):
     """
     rows, columns = pair(grid)
     if unit < 1 or rows % unit or columns % unit:
-        raise ValueError(f"mask cells of {unit} patches do not tile {rows}x{columns} patches")
+        raise ValueError(f"mask cells of {unit} patches do not tile {rows}x{columns} patches: "
+                         "choose another --mask_unit")
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is outside [0, 1)")
     cells = rows // unit * (columns // unit)
@@ -103,7 +104,8 @@ def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=N
 
 
 def center_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
-    """The central rectangle stays visible: (batch, N) bool. BM A.3, task (a).
+    """The central rectangle stays visible: (batch, N) bool. BM A.3, task (a). Of all rectangles in
+    the picture's proportions it is the one nearest to the number asked for.
 
     BM's inner 160 of 224 px is --mask_ratio 0.49: 10 x 10 of 14 x 14 patches.
     """
@@ -289,8 +291,8 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
 
     The canvas is [-1, 1]^2, the centre c uniform on it, the twist t uniform between two bounds. A
     pixel at distance r from c shows what lay at r - t r^2. So what is farther than 1 / (4 t) is not
-    shown, 55% of the picture (BM's text: "a small portion"), and from r = 1 / (2 t) on it comes
-    back mirrored.
+    shown, and from r = 1 / (2 t) on the picture comes back mirrored. With what leaves the canvas
+    55% of the picture is lost (BM's text: "a small portion").
     # differs from the authors' code: there t is .15 to .25, and zeros are around the picture.
     """
     B, _, H, W = images.shape
@@ -364,6 +366,8 @@ def desaturate(images, saturation=0.3):
     the maximum.
     # differs from the authors' code: it weighs the channels at random.
     """
+    if images.shape[1] == 1:
+        raise ValueError("grey images have no saturation: choose another task")
     if not 0 <= saturation <= 1:
         raise ValueError(f"saturation {saturation} is outside 0 .. 1")
     value = images.amax(1, keepdim=True)
@@ -436,7 +440,7 @@ SETTINGS = {
                   "all hidden but the centre"),
     "fill": (FILLS, "what hidden patches hold, if the encoder keeps them: the mean colour, the "
              "zero of the normalisation, or the mask token"),
-    "view_size": (int, "height of the view in pixels, above the input's"),
+    "view_size": (int, "height of the view in pixels, the input's or an even number more"),
     "zoom_size": (number_or_rand, "pixels of the view that fill the canvas (zoom_in) or that it is "
                   "shrunk to (zoom_out, or rand)"),
     "zoom_at": (("center", "random"), "where zoom_in looks"),
@@ -496,14 +500,14 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
     """A view (B, C, V, V) in [0, 1] -> Degraded, by the row `task` of TASKS.
 
     size: the input's S or (h, w), the view's by default. hidden (B, N) bool: a mask of one's own.
-    settings: as in task_settings(task); None = default.
+    settings: as in task_settings(task).
     """
     values = task_settings(task)
     row = TASKS[task]
     unknown = [name for name in settings if name not in values]
     if unknown:
         raise ValueError(f"task {task} has no setting '{unknown[0]}', but {', '.join(values)}")
-    values.update((name, value) for name, value in settings.items() if value is not None)
+    values.update(settings)
     for name, value in values.items():
         kind, _ = SETTINGS.get(name, (str, ""))
         if not callable(kind) and value not in (None, *kind):

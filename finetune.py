@@ -83,7 +83,8 @@ def main(argv=None):
                          augmentation(*args.rand_augment, args.random_erasing))
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received, result = pretrain.remember_signals(on_first), {}
-    if start and start % args.save_every == 0 and not measured(args, start):
+    if start and (start % args.save_every == 0 or start == args.total) \
+            and not measured(args, start):
         result = evaluate(model, val, args, process, amp)  # a signal came before it
         pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
     clock, timed, waited, unread = time.perf_counter(), 0, 0.0, []
@@ -149,7 +150,7 @@ def main(argv=None):
         at_checkpoint = done % args.save_every == 0 or done == args.total
         if at_checkpoint or leaving:
             pretrain.save(done, args, process, state, recent)
-        if at_checkpoint and not leaving:
+        if at_checkpoint and (not leaving or done == args.total):
             result = evaluate(model, val, args, process, amp)
             pretrain.log(args, process, step=done, epoch=epoch, **result)
         clock += time.perf_counter() - paused
@@ -351,7 +352,7 @@ def options(argv=None):
         o("--random_erasing", type=share, help="share of the images with a part of noise")
         o("--mixup", type=not_negative, help="alpha, 0: none")
         o("--cutmix", type=not_negative, help="alpha, 0: none")
-        o("--test_size", type=int, help="measure at this size; 0: --img_size")
+        o("--test_size", type=pretrain.natural, help="measure at this size; 0: --img_size")
     o("--out", type=pretrain.folder_path, help="None: runs/finetune-WEIGHTS-DATA[-LABELS][-HEAD]"
       "[-SEED]")
     pretrain.machine_options(o)
@@ -493,10 +494,11 @@ class PixelSet(AnnotatedSet):
         u = torch.rand(4, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
         image = resized(image[None], (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size))[0]
         H, W = (max(n, m) for n, m in zip(image.shape[1:], size))
-        padding = [0, W - image.shape[2], 0, H - image.shape[1]]
-        image = torch.cat([F.pad(image[:3], padding), F.pad(image[3:], padding, value=255)])
+        canvas = torch.full((4, H, W), 255, dtype=torch.uint8)  # 255: not labelled
+        canvas[:3] = 255 * torch.tensor(degrade.ZERO).view(3, 1, 1)
+        canvas[:, :image.shape[1], :image.shape[2]] = image
         top, left = int(u[1] * (H - size[0] + 1)), int(u[2] * (W - size[1] + 1))
-        image = image[:, top:top + size[0], left:left + size[1]]
+        image = canvas[:, top:top + size[0], left:left + size[1]]
         return image.flip(2) if u[3] < 0.5 else image
 
     def batches(self, *args, **more):
@@ -593,7 +595,7 @@ class BoxSet(AnnotatedSet):
         u = torch.rand(2, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
         H, W = image.shape[1:]
         short = (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size)
-        image = models.fitted(image, short, LONGER * min(size))
+        image = models.to_short_side(image, short, LONGER * min(size))
         h, w = image.shape[1:]
         masks = F.interpolate(objects["masks"][None], (h, w), mode="nearest-exact")[0]
         boxes = objects["boxes"] * torch.tensor([w / W, h / H, w / W, h / H])
@@ -753,7 +755,7 @@ def class_loss(scores, targets, args):
     return F.cross_entropy(scores.float(), targets, label_smoothing=args.smoothing)
 
 
-def pixel_loss(scores, labels, args):
+def segment_loss(scores, labels, args):
     """Cross-entropy over all pixels, those without a label count 0, and --auxiliary times that of
     the auxiliary scores.
     """
@@ -762,7 +764,7 @@ def pixel_loss(scores, labels, args):
     return main + args.auxiliary * auxiliary
 
 
-LOSSES = {"classify": class_loss, "segment": pixel_loss,
+LOSSES = {"classify": class_loss, "segment": segment_loss,
           "detect": lambda losses, *_: sum(losses.values())}  # Mask R-CNN's five
 
 
@@ -1027,7 +1029,7 @@ def found_sheet(model, data, args, device, amp):
 
 def drawn(image, objects, classes):
     """An image (3, H, W) uint8 with objects on it: (3, 192, 192) in [0, 1]."""
-    picture = models.fitted(image, 192, 192)
+    picture = models.to_short_side(image, 192, 192)
     size = picture.shape[1:]
     labels = objects["labels"].tolist()
     if labels:

@@ -41,7 +41,7 @@ def patch_statistics(patches, norm="patch", channels=3):
         return torch.zeros_like(patches), torch.ones_like(patches)
     x = patches.unflatten(2, (-1, channels)) if norm == "channel" else patches.unsqueeze(3)
     mean = x.mean(2, keepdim=True)  # (B, N, 1, C or 1)
-    variance = (x - mean).square().sum(2, keepdim=True) / (x.shape[2] - 1)  # n - 1, as MAE
+    variance = (x - mean).square().sum(2, keepdim=True) / max(1, x.shape[2] - 1)  # as MAE
     std = (variance + 1e-6).sqrt()
     return mean.expand_as(x).flatten(2), std.expand_as(x).flatten(2)
 
@@ -102,7 +102,7 @@ def focal_frequency(prediction, target, counted=None, alpha=1.0, batch_mean=Fals
     counted: (B or 1, 1, H, W) bool, None = all pixels. alpha 0: omega is 1 (A2 Table 5).
     # differs from the authors' code: theirs averages spectra over the batch (batch_mean), where
     # errors of its images cancel, blends half of the target into the visible pixels, and weighs by
-    # a logarithm over one maximum of the batch. Its lambda is .1.
+    # a logarithm over one maximum of the batch. Its lambda is .1 for ViTs.
     # differs from the paper: eq. 3 is not orthonormal, eq. 4 writes a norm and sums, eq. 5 does not
     # scale omega. FFL, which it cites, has all four as here.
     """

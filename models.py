@@ -83,7 +83,8 @@ class Encoder(nn.Module):
 
     def maps(self, images, drop=None):
         """Four feature maps (B, D, h, w): of a ViT behind a third, a half and two thirds of its
-        blocks, and its last; of a ResNet behind its stages. Any image size is taken.
+        blocks, and its last; of a ResNet behind its stages. Images are of any size, of a ViT a
+        multiple of its patch.
         """
         layers = [1, 2, 3]
         if self.tokens:
@@ -313,8 +314,8 @@ class ViT(Encoder):
         x = torch.cat([self.cls_token.expand(B, -1, -1), x.to(self.cls_token.dtype)], dim=1)
         x = after(0, x) + position  # (B, 1 + visible, D)
         for l, block in enumerate(self.blocks, 1):
-            rates = None if drop is None else drop[:, 2 * l - 2:2 * l]
-            x = after(l, block(x, index, rates, grids))
+            factors = None if drop is None else drop[:, 2 * l - 2:2 * l]
+            x = after(l, block(x, index, factors, grids))
         return self.norm(x)
 
     def pooled(self, z):
@@ -346,12 +347,13 @@ class BatchNorm(nn.BatchNorm2d):
         if n == 1 or not self.training:
             return super().forward(x)
         z = x.float()
-        mean = SumOverProcesses.apply(z.mean((0, 2, 3))) / n  # (C,)
+        own = z.new_tensor([x.numel() / x.shape[1]])  # detection's maps differ in size
+        *sums, count = SumOverProcesses.apply(torch.cat([z.sum((0, 2, 3)), own])).split(x.shape[1])
+        mean = sums[0] / count  # (C,)
         z = z - mean[:, None, None]
-        variance = SumOverProcesses.apply(z.square().mean((0, 2, 3))) / n
+        variance = SumOverProcesses.apply(z.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            count = n * x.numel() / x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
@@ -580,7 +582,7 @@ class MaskToken:
 # --- Heads for dense predictions (BM 4.4, A2 5.3) ---
 
 # A convolution, batch norm, ReLU.
-unit = functools.partial(ops.Conv2dNormActivation, norm_layer=BatchNorm)
+conv_norm = functools.partial(ops.Conv2dNormActivation, norm_layer=BatchNorm)
 
 
 class Pyramid(nn.Module):
@@ -610,7 +612,9 @@ class Pyramid(nn.Module):
 
 class UperNet(nn.Module):
     """A class for every pixel, by UperNet (arXiv 1807.10221) on a pyramid: its last map pooled to
-    1, 2, 3 and 6 cells a side; lateral convolutions and sums from the top down; all levels joined.
+    1, 2, 3 and 6 cells a side; lateral convolutions and sums from the top down; all levels, each
+    smoothed, joined.
+    # differs from the authors' code: theirs drops a tenth of the channels before the classifier.
     """
     tokens = False
 
@@ -618,14 +622,14 @@ class UperNet(nn.Module):
         super().__init__()
         self.pyramid, self.branches = Pyramid(encoder), encoder.branches
         *lower, top = self.pyramid.widths
-        self.pools = nn.ModuleList(unit(top, width, 1) for _ in (1, 2, 3, 6))
-        self.top = unit(top + 4 * width, width, 3)
-        self.lateral = nn.ModuleList(unit(n, width, 1) for n in lower)
-        self.smooth = nn.ModuleList(unit(width, width, 3) for _ in lower)
-        self.join = unit(4 * width, width, 3)
+        self.pools = nn.ModuleList(conv_norm(top, width, 1) for _ in (1, 2, 3, 6))
+        self.top = conv_norm(top + 4 * width, width, 3)
+        self.lateral = nn.ModuleList(conv_norm(n, width, 1) for n in lower)
+        self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in lower)
+        self.join = conv_norm(4 * width, width, 3)
         self.classify = nn.Conv2d(width, classes, 1)
         half = max(1, width // 2)
-        self.auxiliary = nn.Sequential(unit(lower[-1], half, 3),
+        self.auxiliary = nn.Sequential(conv_norm(lower[-1], half, 3),
                                        nn.Conv2d(half, classes, 1))  # A2's, in training
 
     def forward(self, images, drop=None):
@@ -637,16 +641,18 @@ class UperNet(nn.Module):
 
         H, W = images.shape[2:]
         n = self.pyramid.multiple
-        images = F.pad(images, [0, -W % n, 0, -H % n])
+        mean = self.pyramid.encoder.mean  # to pad with
+        images = F.pad(images - mean, [0, -W % n, 0, -H % n]) + mean
         maps = self.pyramid(images, drop)
         top = maps[-1]
         pooled = [to(pool(F.adaptive_avg_pool2d(top, n)), top.shape[2:])
                   for n, pool in zip((1, 2, 3, 6), self.pools)]
-        levels = [self.top(torch.cat([top, *pooled], dim=1))]
-        for lateral, smooth, z in zip(self.lateral[::-1], self.smooth[::-1], maps[-2::-1]):
-            z = lateral(z)
-            levels.append(smooth(z + to(levels[-1], z.shape[2:])))
-        finest = levels[-1].shape[2:]
+        z = self.top(torch.cat([top, *pooled], dim=1))
+        levels = [z]
+        for lateral, smooth, level in zip(self.lateral[::-1], self.smooth[::-1], maps[-2::-1]):
+            z = lateral(level) + to(z, level.shape[2:])
+            levels.append(smooth(z))
+        finest = z.shape[2:]
         z = self.join(torch.cat([to(z, finest) for z in levels], dim=1))
         scores = [self.classify(z)]
         if self.training:
@@ -678,7 +684,7 @@ class Neck(nn.Module):
         return {name: z.float() for name, z in maps.items()}
 
 
-def fitted(image, short, longest):
+def to_short_side(image, short, longest):
     """An image (C, H, W) with its short side as given, or its long side, where that is reached."""
     H, W = image.shape[1:]
     by = min(short / min(H, W), longest / max(H, W))
@@ -693,7 +699,7 @@ class Shown(detection.transform.GeneralizedRCNNTransform):
 
     def resize(self, image, target=None):
         if not self.training:
-            image = fitted(image, self.min_size[0], self.max_size)
+            image = to_short_side(image, self.min_size[0], self.max_size)
         return image, target
 
 
@@ -733,7 +739,7 @@ class Detector(nn.Module):
 
     classes: without the background. short, longest: an image's sides as it is measured. sampled:
     boxes of an image that the box and mask losses are of, out of four times as many. Anchors are 8
-    positions of their map wide. ValueError: the patch size is no power of two.
+    positions of their map wide ("c4": 2 to 32). ValueError: the patch size is no power of two.
     """
     tokens = False
 
@@ -923,8 +929,8 @@ def tensors(state):
     """What a file holds -> its weights {name: tensor}, the prefix taken off their names, and the
     names that are left.
 
-    Of several networks under prefixes it is the first. Of several dicts of weights it is "model" or
-    "state_dict".
+    Of several networks under prefixes it is the one of most names. Of several dicts of weights it
+    is "model" or "state_dict".
     """
     def of(held):
         return {k: x for k, x in held.items() if isinstance(x, torch.Tensor)}
@@ -997,7 +1003,7 @@ def resize_relative(table, old, new):
 
 
 def grid_of(state, weights, grid):
-    """The weights' patches: by the run's configuration, else a square, else the model's `grid`."""
+    """The weights' patches: by the run's configuration, else the model's `grid`, else a square."""
     config = state.get("config")
     if config:
         return tuple(side // config["patch_size"] for side in config["img_size"])
@@ -1005,11 +1011,11 @@ def grid_of(state, weights, grid):
         raise ValueError(f"pos_embed is {tuple(weights['pos_embed'].shape)}, not (1, 1 + N, D)")
     count = weights["pos_embed"].shape[1] - 1
     side = math.isqrt(count)
-    if side * side == count:
-        return side, side
-    if count != math.prod(grid):
+    if count == math.prod(grid):
+        return grid
+    if side * side != count:
         raise ValueError(f"{count} positions are not of a square image: they cannot be resized")
-    return grid
+    return side, side
 
 
 def load_weights(model, source, head=True):

@@ -423,6 +423,20 @@ def test_resume_equals_never_stopping(name, step, code, of, tmp_path, monkeypatc
     assert json_of(parts) == json_of(whole) and len(log_of(parts)) == len(lines[0])
 
 
+def test_a_signal_in_the_last_step_changes_no_result(of, tmp_path, monkeypatch):
+    """Of a run that also saves, and measures, in an earlier step."""
+    def last(step, total, *more, real=finetune.learning_rate):
+        if step == total - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(step, total, *more)
+    flags = "--save_every", 2, "--steps", 5
+    assert of(finetune, *flags, out=tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(finetune, "learning_rate", last)
+    assert of(finetune, *flags, out=tmp_path / "last")[0] == 0
+    assert json_of(tmp_path / "last") == json_of(tmp_path / "whole")
+    assert log_of(tmp_path / "last")[-1]["step"] == 5 and "top1" in log_of(tmp_path / "last")[-1]
+
+
 # --- What is refused ---
 
 def test_a_loss_that_is_not_finite_stops_the_run(of, tmp_path):

@@ -1,6 +1,8 @@
 """ViT and encoder-decoder (BM 3.2), ResNet, the mask token inside (A2 4), weights in and out."""
 import argparse
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,6 +287,29 @@ def test_what_is_not_the_backbone_is_refused(name, parts):
             M.load_weights(model, source)
 
 
+def test_batch_norm_counts_the_pixels_of_every_process(monkeypatch):
+    """Two processes, threads here, whose maps differ in size, as detection's do."""
+    maps = [torch.rand(2, 3, 4, 4), 5 * torch.rand(2, 3, 4, 9)]
+    held, both = {}, threading.Barrier(2)
+
+    def summed(x):
+        held[threading.get_ident()] = x
+        both.wait(20)
+        total = sum(held.values())
+        both.wait(20)
+        return total
+    monkeypatch.setattr(M.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(M.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(M.SumOverProcesses, "apply", summed)
+    norms, one = [M.BatchNorm(3), M.BatchNorm(3)], torch.nn.BatchNorm2d(3)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda norm, x: norm(x), norms, maps))
+    want = one(torch.cat([x.flatten(2) for x in maps], dim=2)[..., None])
+    assert close(torch.cat([x.flatten(2) for x in found], dim=2), want[..., 0])
+    for name, x in one.named_buffers():
+        assert all(close(norm.get_buffer(name).float(), x.float()) for norm in norms)
+
+
 def test_positions_are_resized_from_their_grid():
     """A run's configuration says 2 x 8. They become 8 x 2."""
     state = vit((8, 32), relative_positions=True).state_dict()
@@ -302,7 +327,9 @@ def test_positions_are_resized_from_their_grid():
 def test_positions_of_no_run_are_a_squares_or_the_models():
     wide = vit((16, 24))
     assert M.load_weights(wide, vit().state_dict()).resized == ["pos_embed"]
+    long = vit((8, 32))  # 2 x 8 patches are as many as 4 x 4
     assert M.load_weights(wide, wide.state_dict()).resized == []
+    assert M.load_weights(long, long.state_dict()).resized == []
     with pytest.raises(ValueError, match="not of a square"):
         M.load_weights(vit(), wide.state_dict())
 

@@ -87,6 +87,19 @@ def test_upernet_scores_every_pixel_and_trains_every_parameter(name):
     assert [tuple(z.shape[2:]) for z in maps] == [(64 // s, 96 // s) for s in strides]
 
 
+def test_upernet_sums_from_the_top_down_and_then_smooths():
+    """What goes down is the sum itself, as in a feature pyramid."""
+    model, lateral, summed = models.UperNet(models.encoder("resnet18", 64, 8), 5, 8), [], []
+    for layer, smooth in zip(model.lateral, model.smooth):
+        layer.register_forward_hook(lambda _, x, y: lateral.append(y))
+        smooth.register_forward_hook(lambda _, x, y: summed.append(x[0]))
+    model.top.register_forward_hook(lambda _, x, y: summed.append(y))
+    model(torch.rand(2, 3, 64, 64))
+    for above, z, side in zip(summed, summed[1:], lateral):
+        above = torch.nn.functional.interpolate(above, side.shape[2:], mode="bilinear")
+        assert torch.allclose(z, side + above)
+
+
 # --- What is measured ---
 
 def test_mean_iou_by_hand():
@@ -135,6 +148,7 @@ def test_classes_are_read_and_scaled_with_their_images(ade):
         assert torch.equal(view, again)
     view = data.view(image, 1, 0, (32, 48), (0.2, 0.2), 0)
     assert (view[3] == 255).float().mean() > 0.9  # it is shrunk to 6 pixels
+    assert view[:3, 31, 24].tolist() == [123, 116, 103]  # the mean colour around it
 
 
 def test_a_label_map_that_does_not_fit_is_named(ade, tmp_path, capfd):
