@@ -50,7 +50,9 @@ def main(argv=None):
                 for label, path in zip(labels_of(args.runs), args.runs)]
     else:
         runs = open_runs(args)
-        data = load_data(runs[0], process, "val", args.name in ("occlusion", "interaction"))
+        labelled = args.name in ("occlusion", "interaction")
+        classes = load_data(runs[0], process, "train", True).classes if labelled else None
+        data = load_data(runs[0], process, "val", labelled, classes)
         rows = choose_images(data, args.images, args.seed)
 
     # the runs whose numbers are there already
@@ -279,7 +281,7 @@ def labels_of(paths):
     drawn.
     """
     names = []
-    for path in map(Path, paths):
+    for path in (Path(path).absolute() for path in paths):
         name = path.parent.name if path.name == "checkpoint.pt" else path.name
         if max(name) > "\u04ff":
             name = f"run {len(names) + 1}"
@@ -302,7 +304,7 @@ def open_runs(args):
         if path not in (first, "none"):
             held, _, defaults = finetune.open_run(path, args)
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
-        run.img_size = [run.img_size[0], run.img_size[-1]]
+        run.img_size = pretrain.two_sides(run.img_size)
         run.weights, run.held = path, None if path == "none" else held
         runs.append(run)
     return runs
@@ -344,7 +346,6 @@ def classifier(run, val, process, amp):
     else:
         encoder = probe.load_model(run, run.held, val.channels, process)
         train = load_data(run, process, "train", labelled=True)
-        check(train.classes == val.classes, f"{run.data}: train and val have other classes")
         train = train.keep(choose_images(train, FIT, run.seed))
         features, labels, _ = probe.all_features(encoder, train, run, process, amp)
         with torch.inference_mode(False), torch.enable_grad():
@@ -607,13 +608,15 @@ def curve(run, *_):
     not. BM found that the height does not tell which task pays (Fig. 2), and that 50 epochs of
     zoom_in_mask already pay (Fig. 5): the last panel, of fine-tuned runs.
     """
-    def read(folder):
-        folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-        check((folder / "log.jsonl").exists(), f"{folder} has no log.jsonl: curves are of runs")
+    def read(path):
+        folder = Path(path).parent if Path(path).is_file() else Path(path)
+        if not (folder / "log.jsonl").exists():
+            return None, {}
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         return log, json.loads((folder / "config.json").read_text())
 
     log, config = read(run.weights)
+    check(log is not None, f"{run.weights} has no log.jsonl: curves are of runs")
     check(any("loss" in line for line in log), f"{run.weights}: its log has no loss yet")
     measures = dict(top1="top-1", miou="mean IoU", box_ap="box AP")
     measure = next((k for k in measures if any(k in x for x in log)), "top1")
@@ -621,11 +624,12 @@ def curve(run, *_):
          for k, at in (("loss", "loss"), ("measured", measure))}
     r.update(last_loss=r["loss"][-1][1], task=config.get("task"), began_with=config["weights"])
     if r["measured"]:
-        r.update(last=r["measured"][-1][1], pretraining="none", pretraining_epochs=0.0,
-                 measure=measures[measure])
-        if Path(config["weights"], "log.jsonl").exists():
-            log, before = read(config["weights"])
+        r.update(last=r["measured"][-1][1], measure=measures[measure])
+        log, before = read(config["weights"])
+        if log:
             r.update(pretraining=before.get("task"), pretraining_epochs=log[-1]["epoch"])
+        elif config["weights"] == "none":
+            r.update(pretraining="none", pretraining_epochs=0.0)
     return r
 
 
@@ -634,7 +638,7 @@ def curve_panels(found):
     for label, r in found.items():
         kind = "measured" if r["measured"] else "loss"
         of[kind].append((label, *zip(*r[kind]), None))
-        if r["measured"]:
+        if "pretraining" in r:
             task = f"{r['pretraining']}, {r['measure']}"
             paid.setdefault(task, []).append((r["pretraining_epochs"], r["last"]))
     last = [(task, *zip(*sorted(points)), None) for task, points in paid.items()]

@@ -296,7 +296,7 @@ def for_labels(defaults, chosen):
 
 def encoder_options(o, pools=True):
     """What finetune.py, probe.py and analyze.py ask about an encoder. pools: it is of images."""
-    o("--patch_size", type=positive_int, help="of a ViT")
+    o("--patch_size", type=positive_int, help="of a ViT; side of what occlusion drops")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero")
     if pools:
         o("--pool", choices=("cls", "mean"), help="the features of a ViT")
@@ -347,7 +347,7 @@ def options(argv=None):
         o("--num_classes", type=positive_int, help="of a folder's annotations, at most 255")
     else:
         o("--loss", choices=("ce", "bce"), help="cross-entropy, or binary for each class")
-        o("--smoothing", type=share, help="of the labels")
+        o("--smoothing", type=share, help="of the labels, with ce")
         o("--rand_augment", type=not_negative, nargs=2, help="strength, 0 to 10, and its deviation")
         o("--random_erasing", type=share, help="share of the images with a part of noise")
         o("--mixup", type=not_negative, help="alpha, 0: none")

@@ -406,8 +406,7 @@ def settle(args, process, data):
 
 def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
-    check(len(args.img_size) < 3, f"--img_size takes one or two numbers, not {len(args.img_size)}")
-    args.img_size = [args.img_size[0], args.img_size[-1]]
+    args.img_size = two_sides(args.img_size)
     most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it enlarges
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
     batch, world = args.batch_size, process.world
@@ -425,6 +424,12 @@ def share_out(args, process, data):
         warmup = args.warmup * len(data) / batch
     args.warmup_steps = round(warmup)
     args.save_every = args.save_every or max(200, args.total // 20)
+
+
+def two_sides(img_size):
+    """--img_size, one or two numbers, as [height, width]."""
+    check(len(img_size) < 3, f"--img_size takes one or two numbers, not {len(img_size)}")
+    return [img_size[0], img_size[-1]]
 
 
 def folder_path(text):

@@ -101,7 +101,7 @@ def options(argv=None):
     pretrain.machine_options(o)
     p.set_defaults(**defaults_of(defaults))
     args = p.parse_args(argv)
-    args.img_size = [args.img_size[0], args.img_size[-1]]
+    args.img_size = pretrain.two_sides(args.img_size)
     name = finetune.run_name("probe", args, args.blocks and f"blocks{args.blocks}")
     args.out = args.out or pretrain.folder_path(f"runs/{name}")
     return args, weights
@@ -185,6 +185,8 @@ def linear_probe(train, labels, classes, vit, seed=0):
     cosine after a ninth of warm-up, 90 epochs. Small sets get at least 2,000 steps.
     A ResNet gets MoCo's: SGD, lr 30, momentum 0.9, batch 256, 100 epochs, a tenth of the lr from
     epoch 60 and again from 80.
+    # differs from the authors' code: theirs see random crops, flipped at random; features here are
+    # those of the central part.
     """
     n, D = train.shape
     linear = nn.Linear(D, classes)

@@ -249,6 +249,15 @@ def test_occlusion(do, made):
     assert found["none"]["mean"][0] > 90  # the classes differ in brightness
 
 
+def test_a_class_that_val_lacks_is_none_to_be_right_on(do, labelled, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    shutil.rmtree(data / "val/class0")
+    for run, kind in (("tuned", "its own"), ("zoom", "a linear layer")):
+        code, said, found = do(f"occlusion {run} --repeats 1 --resume --data {data}")
+        assert code == 0 and found[run]["classifier"].startswith(kind), said
+
+
 def altered(made, tmp_path, alter):
     held = models.read_weights(made / "tuned")
     alter(held)
@@ -326,6 +335,17 @@ def test_curves_are_those_of_the_logs(do, made):
     assert [epoch for epoch, _ in found["tuned"]["measured"]] == approx([8 / 36, 16 / 36])
     assert found["tuned"]["pretraining"] == "zoom_in_mask"
     assert found["tuned"]["pretraining_epochs"] == approx(16 / 36)
+
+
+@pytest.mark.parametrize("weights, pretraining", [
+    ("{made}/zoom/checkpoint.pt", "zoom_in_mask"), ("none", "none"), ("mae.pth", None)])
+def test_a_curve_says_what_it_began_with(do, made, tmp_path, weights, pretraining):
+    """What is not known of other files is not drawn."""
+    run = shutil.copytree(made / "tuned", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["weights"] = weights.format(made=made)
+    (run / "config.json").write_text(json.dumps(config))
+    assert do(f"curves {run}")[2]["run"].get("pretraining") == pretraining
 
 
 def test_resume_measures_only_what_is_missing(do, monkeypatch):
