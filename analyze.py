@@ -51,8 +51,12 @@ def main(argv=None):
     else:
         runs = open_runs(args)
         labelled = args.name in ("occlusion", "interaction")
-        classes = load_data(runs[0], process, "train", True).classes if labelled else None
-        data = load_data(runs[0], process, "val", labelled, classes)
+        data = load_data(runs[0], process, "val", labelled)
+        known = ((runs[0].held or {}).get("config") or {}).get("classes", ())
+        if labelled and data.classes != known:  # val may lack some
+            if data.classes != [name for name in known if name in data.classes]:
+                known = load_data(runs[0], process, "train", True).classes
+            data = load_data(runs[0], process, "val", True, known)
         rows = choose_images(data, args.images, args.seed)
 
     # the runs whose numbers are there already
@@ -346,6 +350,7 @@ def classifier(run, val, process, amp):
     else:
         encoder = probe.load_model(run, run.held, val.channels, process)
         train = load_data(run, process, "train", labelled=True)
+        check(train.classes == val.classes, f"{run.data}: train and val have other classes")
         train = train.keep(choose_images(train, FIT, run.seed))
         features, labels, _ = probe.all_features(encoder, train, run, process, amp)
         with torch.inference_mode(False), torch.enable_grad():

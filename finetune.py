@@ -693,8 +693,8 @@ def annotated_data(args, process, trains=True, classes=None):
     kind = dict(segment=PixelSet, detect=BoxSet)[args.head]
     sets = [kind(args.data, train, args.num_classes) for train in (True, False)[not trains:]]
     classes = sets[0].classes if trains else classes
-    check(classes in (None, sets[-1].classes), f"{args.data} has other classes than are trained on, "
-          "or --weights has another --head")
+    check(classes in (None, sets[-1].classes), f"{args.data} has other classes than are trained "
+          "on, or --weights has another --head")
     for data in sets:
         pretrain.same_copies(data, args.data, process)
     return sets[0], sets[-1]

@@ -348,8 +348,8 @@ class BatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         z = x.float()
         own = z.new_tensor([x.numel() / x.shape[1]])  # detection's maps differ in size
-        *sums, count = SumOverProcesses.apply(torch.cat([z.sum((0, 2, 3)), own])).split(x.shape[1])
-        mean = sums[0] / count  # (C,)
+        total, count = SumOverProcesses.apply(torch.cat([z.sum((0, 2, 3)), own])).split(x.shape[1])
+        mean = total / count  # (C,)
         z = z - mean[:, None, None]
         variance = SumOverProcesses.apply(z.square().sum((0, 2, 3))) / count
         with torch.no_grad():
@@ -1003,7 +1003,7 @@ def resize_relative(table, old, new):
 
 
 def grid_of(state, weights, grid):
-    """The weights' patches: by the run's configuration, else the model's `grid`, else a square."""
+    """The weights' patches: by the run's configuration, else a square, else the model's `grid`."""
     config = state.get("config")
     if config:
         return tuple(side // config["patch_size"] for side in config["img_size"])
@@ -1011,11 +1011,11 @@ def grid_of(state, weights, grid):
         raise ValueError(f"pos_embed is {tuple(weights['pos_embed'].shape)}, not (1, 1 + N, D)")
     count = weights["pos_embed"].shape[1] - 1
     side = math.isqrt(count)
-    if count == math.prod(grid):
-        return grid
-    if side * side != count:
+    if side * side == count:
+        return side, side
+    if count != math.prod(grid):
         raise ValueError(f"{count} positions are not of a square image: they cannot be resized")
-    return side, side
+    return grid
 
 
 def load_weights(model, source, head=True):
