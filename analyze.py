@@ -50,13 +50,7 @@ def main(argv=None):
                 for label, path in zip(labels_of(args.runs), args.runs)]
     else:
         runs = open_runs(args)
-        labelled = args.name in ("occlusion", "interaction")
-        data = load_data(runs[0], process, "val", labelled)
-        known = ((runs[0].held or {}).get("config") or {}).get("classes", ())
-        if labelled and data.classes != known:  # val may lack some
-            if data.classes != [name for name in known if name in data.classes]:
-                known = load_data(runs[0], process, "train", True).classes
-            data = load_data(runs[0], process, "val", True, known)
+        data = images_to_measure(runs[0], process, args.name in ("occlusion", "interaction"))
         rows = choose_images(data, args.images, args.seed)
 
     # the runs whose numbers are there already
@@ -295,8 +289,8 @@ def labels_of(paths):
 
 
 def open_runs(args):
-    """The options and .held, what its file holds, of each run. The images are those of the first
-    run. `none` is like that run, with random weights.
+    """The options of each run; .held, what its file holds; .classes, its classifier's, if it has
+    one. The images are those of the first run. `none` is like that run, with random weights.
     """
     first = next((path for path in args.runs if path != "none"), "none")
     opened = finetune.open_run(first, args)
@@ -304,14 +298,29 @@ def open_runs(args):
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("data", "model")}
     runs = []
     for label, path in zip(labels_of(args.runs), args.runs):
-        held, _, defaults = opened
+        held, config, defaults = opened
         if path not in (first, "none"):
-            held, _, defaults = finetune.open_run(path, args)
+            held, config, defaults = finetune.open_run(path, args)
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
         run.img_size = pretrain.two_sides(run.img_size)
-        run.weights, run.held = path, None if path == "none" else held
+        run.weights, run.held, run.classes = path, held, config.get("classes")
+        if path == "none":
+            run.held = run.classes = None
         runs.append(run)
     return runs
+
+
+def images_to_measure(run, process, labelled):
+    """The images of the run. If labelled, their classes are its classifier's, or those of the
+    images to train on: val may lack some.
+    """
+    val = load_data(run, process, "val", labelled)
+    if not labelled or pretrain.kind_of(run.data) != "folder":
+        return val
+    known = run.classes or []
+    if val.classes != [name for name in known if name in val.classes]:
+        known = load_data(run, process, "train", True).classes
+    return load_data(run, process, "val", True, known)
 
 
 def choose_images(data, count, seed):
@@ -343,8 +352,8 @@ def classifier(run, val, process, amp):
     """
     classes, name = len(val.classes), models.MODELS[run.model].family.head_name
     held = {} if run.held is None else models.tensors(run.held)[0]
-    known = ((run.held or {}).get("config") or {}).get("classes", val.classes)
-    if len(held.get(f"{name}.weight", ())) == classes and known == val.classes:
+    known = run.classes in (None, val.classes)
+    if known and len(held.get(f"{name}.weight", ())) == classes:
         model = probe.load_model(run, run.held, val.channels, process, classes)
         kind = "its own classifier"
     else:

@@ -43,8 +43,8 @@ from tqdm import tqdm
 import degrade
 import models
 import pretrain
-from pretrain import (LABELS, check, learning_rate, load_data, not_negative, parameter_groups,
-                      positive_int, precision, seeded, share, sum_over_processes)
+from pretrain import (LABELS, check, due, learning_rate, load_data, not_negative,
+                      parameter_groups, positive_int, precision, seeded, share, sum_over_processes)
 
 MIX, DROP, SAMPLE = 100, 101, 102  # further streams of random numbers
 
@@ -83,8 +83,7 @@ def main(argv=None):
                          augmentation(*args.rand_augment, args.random_erasing))
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received, result = pretrain.remember_signals(on_first), {}
-    if start and (start % args.save_every == 0 or start == args.total) \
-            and not measured(args, start):
+    if start and due(start, args.save_every, args) and not measured(args, start):
         result = evaluate(model, val, args, process, amp)  # a signal came before it
         pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
     clock, timed, waited, unread = time.perf_counter(), 0, 0.0, []
@@ -141,13 +140,13 @@ def main(argv=None):
 
         # log, measure, save, leave
         epoch = done * args.batch_size / len(data)
-        if done % args.log_every == 0 or done == args.total:
+        if due(done, args.log_every, args):
             pretrain.log(args, process, step=done, epoch=epoch, lr=lr, loss=float(np.mean(recent)),
                          grad_norm=float(norm), images_per_s=round(speed, 1),
                          data_wait=round(waited / (time.perf_counter() - clock), 4))
             recent, clock, timed, waited = [], time.perf_counter(), 0, 0.0
         paused = time.perf_counter()  # what follows is not training
-        at_checkpoint = done % args.save_every == 0 or done == args.total
+        at_checkpoint = due(done, args.save_every, args)
         if at_checkpoint or leaving:
             pretrain.save(done, args, process, state, recent)
         if at_checkpoint and (not leaving or done == args.total):

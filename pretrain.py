@@ -137,12 +137,12 @@ def main(argv=None):
         bar.update()
 
         # log, save, leave
-        if done % args.log_every == 0 or done == args.total:
+        if due(done, args.log_every, args):
             log(args, process, step=done, epoch=done * args.batch_size / len(data), lr=lr,
                 loss=float(np.mean(recent)), grad_norm=float(norm), images_per_s=round(speed, 1),
                 data_wait=round(waited / (time.perf_counter() - clock), 4))
             recent, clock, timed, waited = [], time.perf_counter(), 0, 0.0
-        if leaving or done % args.save_every == 0 or done == args.total:
+        if leaving or due(done, args.save_every, args):
             paused = time.perf_counter()
             save(done, args, process, state, recent, recovery_sheet(model, shown, args, amp))
             clock += time.perf_counter() - paused  # saving is not training
@@ -593,6 +593,11 @@ def clipped_norm(model, clip):
     return norm
 
 
+def due(done, every, args):
+    """Whether what happens every so many steps, and after the last, happens after step `done`."""
+    return done % every == 0 or done == args.total
+
+
 def agree(unread, received, done, args, data, process):
     """The losses of the steps in `unread`, means over the processes, and whether one of these was
     sent a signal. To read is to wait for a GPU: there it is done where a line is logged, a
@@ -602,9 +607,9 @@ def agree(unread, received, done, args, data, process):
     is not finite (fp16's scaler leaves out a step of such a norm), or when more than 1% of this
     epoch's images could not be read.
     """
-    due = process.device.type != "cuda" or done == args.total \
-        or done % args.log_every == 0 or done % args.save_every == 0
-    if not due and not sum_over_processes([len(received)], process)[0]:
+    wanted = process.device.type != "cuda" or due(done, args.log_every, args) \
+        or due(done, args.save_every, args)
+    if not wanted and not sum_over_processes([len(received)], process)[0]:
         return [], False
     epoch = (done - 1) * args.batch_size // len(data)
     bad = sum(last >= epoch for last in data.bad.values())

@@ -13,10 +13,10 @@ that drops 75% of the patches gets 2.8 times as many, each that much shorter (te
 budget). No setting is tuned to an arm.
 
 A task's encoder is measured by k-NN and a linear probe (probe.py), and by fine-tuning with 100
-labels a class (finetune.py), which its seed draws; TASK.NAME's by what its claims ask for. Some
-ask for more: detection, segmentation, two blocks on frozen tokens, A2's figures. Those of A2's
-Fig. 1 are fine-tuned with all labels, and `supervised` is that from random weights. A2's ablations
-of a ResNet are judged by the linear probe.
+labels a class (finetune.py). Its seed draws these. An encoder of TASK.NAME is measured only by what
+its claims ask for. Some ask for more: detection, segmentation, two blocks on frozen tokens, A2's
+figures. Those of A2's Fig. 1 are fine-tuned with all labels, and `supervised` is that from random
+weights. A2's ablations of a ResNet are judged by the linear probe.
 
 The rule. Two arms differ when their means differ by more than t standard errors. The error is of
 the deviation over seeds, pooled: an arm of one seed is given the other's. t is Student's at 5%: 2.8
@@ -131,7 +131,7 @@ class Claim(NamedTuple):
     sets: str
     measure: str  # of MEASURES
     pairs: list  # (better, worse) arms; the worse may be a number
-    seeds: int = 1  # of its arms; `none` has three
+    seeds: int = 1  # of its arms; `none` and the first pair's better arm have three
     paper: str = ""  # its numbers, if they are not PAPER's
 
     def arms(self):
@@ -146,8 +146,8 @@ class Claim(NamedTuple):
         return self._replace(pairs=pairs, measure="linear" if ablation else self.measure)
 
     def asks_for(self, arm, seed):
-        better = arm in ("none", self.pairs[0][0])  # three seeds, for want of an error
-        return arm in self.arms() and (better or seed < self.seeds)
+        always = arm in ("none", self.pairs[0][0])  # three seeds, for want of an error
+        return arm in self.arms() and (always or seed < self.seeds)
 
 
 def over(better, *worse):
@@ -394,6 +394,12 @@ def result(job):
         return None
 
 
+def results_of(args, data):
+    """What has been found on a set, {folder: result}."""
+    file = args.out / data / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 class Work:
     """Runs the commands, an encoder on each core."""
 
@@ -401,9 +407,8 @@ class Work:
         self.args, self.results = args, {}
         self.lock, self.running, self.stopped = threading.RLock(), [], ""
         for data in SETS:  # what is not asked for now stays in the tables
-            file = args.out / data / "results.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.results[data] = json.loads(file.read_text()) if file.exists() else {}
+            (args.out / data).mkdir(parents=True, exist_ok=True)
+            self.results[data] = results_of(args, data)
         self.cores = [*os.sched_getaffinity(0)] if hasattr(os, "sched_getaffinity") else [None]
         self.workers, self.took = len(self.cores), []  # seconds of commands
         self.left = sum(map(len, todo.values()))
@@ -571,7 +576,6 @@ def sheet(args):
     import analyze
     import matplotlib  # noqa: F401  without it there is nothing to put together
     out, drawn = args.out / "figures", []
-    out.mkdir(parents=True, exist_ok=True)
     runs = [args.out / "shapes" / f"pretrain-{arm}-0" for arm in ("mask", "zoom_in_mask", "a2mim")]
     runs = [str(x) for x in runs if (x / "checkpoint.pt").exists()]
     for name, more in dict(reconstruct=["--rows", "4"], curves=[]).items() if runs else ():
@@ -606,8 +610,7 @@ def panels(args):
     from matplotlib import pyplot as plt
     tried = []
     for data, measure in (("shapes", "top1"), (RESNET, "linear")):
-        file = args.out / data / "results.json"
-        found = by_seed(json.loads(file.read_text()), measure) if file.exists() else {}
+        found = by_seed(results_of(args, data), measure)
         tried += [(f"{title}, {data}", measure, [line.split() for line in arms.split(";")], found)
                   for title, arms in PANELS.items()
                   if sum(arm in found for arm in re.split("[ ;]", arms)) > 1]
@@ -639,7 +642,6 @@ def panels(args):
         right.set_ylabel(f"squares: the paper's, {of}, %")
         if len(lines) > 1:
             ax.legend(loc="lower right")
-    (args.out / "figures").mkdir(parents=True, exist_ok=True)
     pretrain.write_whole(args.out / "figures/claims.png", figure.savefig)
     print(f"drawn: {args.out / 'figures/claims.png'}")
 
@@ -647,6 +649,7 @@ def panels(args):
 def main(argv=None):
     args = options(argv)
     if args.sheet:
+        (args.out / "figures").mkdir(parents=True, exist_ok=True)
         panels(args)
         return sheet(args)
     if "fashion_mnist" in args.data:  # not found out after days
