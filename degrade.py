@@ -32,8 +32,9 @@ def pair(size):
 
 
 def moved(x, device):
-    """x on the device. A CUDA GPU is not waited for; Apple's might read what is freed by then."""
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+    """x on the device. A CUDA GPU is not waited for: the copy is from pinned memory."""
+    cuda = torch.device(device).type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
 
 def random_numbers(batch, *shape, generator=None, within=None, draw=torch.rand):

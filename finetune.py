@@ -73,7 +73,7 @@ def main(argv=None):
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = pretrain.begin(args, process, state)
     if args.compile:
-        model.compile()
+        model.compile(mode=pretrain.compile_mode(args))
     net = nn.parallel.DistributedDataParallel(model) if process.world > 1 else model
     if on_first:
         print(pretrain.describe(args, process, data, start), flush=True)

@@ -4,7 +4,6 @@ one number out, in float32, outside autocast.
 Patches are (B, N, p p C), a row of the picture at a time, channels last in a patch (MAE's order).
 Images are (B, C, H, W). counted (B, N) bool: the patches whose error is averaged; None = all.
 """
-import functools
 import math
 
 import torch
@@ -54,20 +53,22 @@ def normalize_patches(patches, norm="patch", channels=3):
     return (patches - mean) / std
 
 
-@functools.lru_cache
 def area_matrix(n, m, device):
     """Box averages from n to m pixels repeat every n / g pixels: the matrix of one period,
     (n / g, m / g), and g. Two periods at once, where they pair up, are faster.
     """
     g = math.gcd(n, m)
     g = g // 2 if g % 2 == 0 else g
-    with torch.inference_mode(False):  # it is kept, and serves in training too
-        eye = torch.eye(n // g, device=device)
-        return F.interpolate(eye[None], m // g, mode="area")[0], g
+    eye = torch.eye(n // g, device=device)
+    return F.interpolate(eye[None], m // g, mode="area")[0], g
 
 
 def resize_area(images, size):
-    """(B, C, H, W) -> (B, C, *size), F.interpolate's "area" (BM A.2) as two matrix products."""
+    """(B, C, H, W) -> (B, C, *size), F.interpolate's "area" (BM A.2). On a CPU two matrix products
+    are faster.
+    """
+    if images.is_cuda:
+        return F.interpolate(images, size, mode="area")
     (rows, gh), (columns, gw) = (area_matrix(n, m, images.device)
                                  for n, m in zip(images.shape[2:], size))
     images = (images.unflatten(3, (gw, -1)) @ columns).flatten(3)  # (B, C, H, w)

@@ -229,13 +229,21 @@ class Block(nn.Module):
         return x + branch(self.mlp(self.norm2(x)), drop, 1)
 
 
+@torch.compiler.disable  # a CUDA graph takes nothing from the CPU
+def on_device(hidden, device):
+    """A mask on the model's device. A CUDA GPU is not waited for: the copy is from pinned memory."""
+    cuda = device.type == "cuda" and not hidden.is_cuda
+    return (hidden.pin_memory() if cuda else hidden).to(device, non_blocking=cuda)
+
+
+@torch.compiler.disable
 def visible_index(hidden, device):
     """The patches that are not hidden (B, N), as many in every row, as an index on the device: rows
     (B, 1), patches (B, visible). A mask on the CPU is counted there: no GPU is waited for.
     """
     patches = (~hidden).nonzero(as_tuple=True)[1].view(len(hidden), -1)
     rows = torch.arange(len(hidden), device=device)[:, None]
-    return rows, patches.to(device, non_blocking=device.type == "cuda")
+    return rows, on_device(patches, device)
 
 
 def xavier(m):
@@ -539,7 +547,6 @@ class MaskToken:
 
     def downsample(self, z, hidden):
         """D: each position's hidden share in [0, 1], (B, 1 + N, 1) or (B, 1, h, w) as z is."""
-        hidden = hidden.to(z.device, non_blocking=z.is_cuda)
         if self.tokens:
             return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)  # never the cls token
         mask = hidden.view(-1, 1, *self.grid)
@@ -573,8 +580,11 @@ class MaskToken:
 
         token False: without the mask token, to see what it is for (A2 Fig. A3).
         """
+        token = token and hidden is not None
+        hidden = on_device(hidden, images.device) if token else None
+
         def after(layer, z):
-            here = token and hidden is not None and layer == self.token_at
+            here = token and layer == self.token_at
             return self.inject(z, self.downsample(z, hidden)) if here else z
         return self.predict(self.encode(images, after=after))
 

@@ -138,6 +138,8 @@ def make_step(flags, to_device=models.to_device):
         args.model, size, p, 3, args.token_at, args.token_how, args.decoder), device)
     view = torch.rand(args.batch_size, 3, *args.view, device=device)
 
+    loss_function = torch.compile(pretrain.loss_of) if args.compile else pretrain.loss_of
+
     def damaged(view):
         return degrade.degrade(view, args.task, size, p, pretrain.seeded(1), **args.settings)
 
@@ -145,11 +147,10 @@ def make_step(flags, to_device=models.to_device):
         d = damaged(view)
         with autocast():
             prediction = model(d.inputs, d.hidden)
-        return losses.recovery_loss(prediction, model.normalize(d.target), size, p, d.counted,
-                                    args.norm_target, args.band_weight, args.loss, args.freq)
+        return loss_function(model, prediction, d, args)
     forward = flops(model, *damaged(view[:2])[:2])
     if args.compile:
-        model.compile()
+        model.compile(mode=pretrain.compile_mode(args))
     return training_step(model, args, loss_of, view, forward)
 
 
@@ -387,10 +388,14 @@ def budget():
 
 
 def compile_():
-    """What --compile adds to a ViT-B/16 step."""
-    plain, fast = (make_step(f"--task mask {more} {NETWORKS[VIT_B]}") for more in ("", "--compile"))
-    report("ViT-B/16: compiling", [seconds(fast, 1)], "s")
-    report_ratio("ViT-B/16: --compile, speed", in_turn(5, fast, plain))
+    """What --compile adds to a step."""
+    for name, flags in (("ViT-B/16", f"--task mask {NETWORKS[VIT_B]}"),
+                        ("ViT-B/16, twice the batch", f"--task mask {NETWORKS[VIT_B]} "
+                         f"--batch_size {2 * N} --accum 1"),
+                        ("default small model", "--task mask")):
+        plain, fast = (make_step(f"{flags} {more}") for more in ("", "--compile"))
+        report(f"{name}: compiling", [seconds(fast, 1)], "s")
+        compare(f"{name}, compiled", fast, "as it is / compiled", plain, 5)
 
 
 PARTS = {part.__name__.strip("_"): part for part in (

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torchvision import io
 
 import degrade
-import losses
 import models
 import pretrain
 
@@ -89,9 +88,8 @@ def same():
                     name, 64, 8, 3, args.token_at, args.token_how, args.decoder), where)
                 d = degrade.degrade(view.to(where), task, args.img_size, 8, pretrain.seeded(1),
                                     **args.settings)
-                loss = losses.recovery_loss(model(d.inputs, d.hidden), model.normalize(d.target),
-                                            args.img_size, 8, d.counted, args.norm_target,
-                                            args.band_weight, args.loss, args.freq)
+                prediction = model(d.inputs, d.hidden)
+                loss = pretrain.loss_of(model, prediction, d, args)
                 loss.backward()
                 found.append((d.inputs.cpu(), loss.item(), pretrain.clipped_norm(model, 0).item()))
             (x, *a), (y, *b) = found
@@ -102,16 +100,17 @@ def same():
 
 
 def curves():
-    """The first 20 losses beside the CPU's, for the same seed, in bf16."""
+    """The first 20 losses beside the CPU's, for the same seed, in bf16, and those of --compile."""
     for task, model in (("zoom_in_mask", "vit_micro"), ("a2mim", "resnet18")):
         found = []
-        for where in ("cpu", asked.device):
+        for where, more in (("cpu", ()), (asked.device, ()), (asked.device, ("--compile",))):
             argv = [*SMALL, "--task", task, "--model", model, "--steps", 20, "--amp", "bf16"]
-            argv += ["--batch_size", 64, "--device", where]
+            argv += ["--batch_size", 64, "--device", where, *more]
             found.append(command(f"curve {task} {where} {len(found)}", "pretrain", *argv)[1])
-        apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*found))
-        report(f"{task}, {model}: 20 losses beside the CPU's, relative", apart, apart < 1e-2,
-               "below 1e-2")
+        for name, losses in zip(("here", "compiled"), found[1:]):
+            apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found[0], losses))
+            report(f"{task}, {model}, {name}: 20 losses beside the CPU's, relative", apart,
+                   apart < 1e-2, "below 1e-2")
 
 
 def runs():

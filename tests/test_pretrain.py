@@ -270,7 +270,7 @@ def test_no_weight_decay_on_biases_norms_tokens_positions():
 
 IMAGENET = P.MemorySet(torch.empty(1281167, 3, 0, 0, dtype=torch.uint8), range(1281167), [], "")
 BOTH = dict(model="vit_base", img_size=[224, 224], patch_size=16, weight_decay=0.05,
-            micro_batch=128)
+            micro_batch=256)
 BM = dict(BOTH, batch_size=2048, epochs=300, warmed=20, lr=1.5e-4, betas=[0.9, 0.95], clip=0,
           crop=[0.2, 1], loss="mse", norm_target="patch", freq=[0, 1, False])
 A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.999], clip=5,
@@ -280,8 +280,8 @@ A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.9
 
 @pytest.mark.parametrize("argv, paper, more", [
     ("--task mask", BM, dict(view=(224, 224), token_at="decoder", decoder="4x384x6")),
-    ("--task zoom_in_mask", BM, dict(view=(320, 320), peak_lr=1.2e-3, accum=2, mask_ratio=0.75)),
-    ("--task a2mim", A2, dict(token_at=8, peak_lr=8e-4, accum=2)),
+    ("--task zoom_in_mask", BM, dict(view=(320, 320), peak_lr=1.2e-3, accum=1, mask_ratio=0.75)),
+    ("--task a2mim", A2, dict(token_at=8, peak_lr=8e-4, accum=1)),
     ("--task a2mim --model vit_small", A2, dict(model="vit_small", epochs=300, token_at=5)),
     ("--task a2mim --model resnet50", A2,
      dict(model="resnet50", epochs=300, lr=1.5e-4, clip=0, token_at=3)),

@@ -82,7 +82,7 @@ def test_the_four_lines_are_mains():
     source = inspect.getsource(pretrain.main)
     lines = next(text for kind, text in BLOCKS if kind == "text" and "degrade(" in text)
     calls = [re.search(r"= ([\w.]+\()", line)[1] for line in lines.splitlines()]
-    assert calls == ["next(", "degrade.degrade(", "net(", "losses.recovery_loss("]
+    assert calls == ["next(", "degrade.degrade(", "net(", "loss_function("]
     places = [source.index(call) for call in calls]
     assert places == sorted(places)
 
