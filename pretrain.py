@@ -310,7 +310,7 @@ def training_options(o):
     o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop")
     o("--save_every", type=positive_int, help="steps; None: a twentieth of the run, 200 at least")
     o("--log_every", type=positive_int, default=20, help="steps")
-    o("--compile", action="store_true", help="torch.compile the model")
+    o("--compile", action="store_true", help="torch.compile model and loss")
     o("--resume", nargs="?", const="auto", metavar="PATH",
       help="go on from a checkpoint; without PATH from that of --out, if it is there")
 
