@@ -849,6 +849,7 @@ OPTIMIZERS = {
 # --- What is measured ---
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # images of every size are not compiled
 def evaluate_pixels(model, data, args, process, amp):
     """Mean IoU and pixel accuracy in %, over every labelled pixel of all images at their own size.
     A class that is neither there nor found is left out of the mean.
@@ -1005,6 +1006,7 @@ def average_precision(images):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def found_sheet(model, data, args, device, amp):
     """found.png in --out: eight images with what is in them, and with what is found."""
     model.eval()
@@ -1044,6 +1046,7 @@ def drawn(image, objects, classes):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def evaluate(model, data, args, process, amp):
     """Top-1 and top-5 in % over all images, each counted once however many processes share them."""
     size = [args.test_size] * 2 if args.test_size else args.img_size

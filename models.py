@@ -230,10 +230,10 @@ class Block(nn.Module):
 
 
 @torch.compiler.disable  # a CUDA graph takes nothing from the CPU
-def on_device(hidden, device):
-    """A mask on the model's device. A CUDA GPU is not waited for: the copy is from pinned memory."""
-    cuda = device.type == "cuda" and not hidden.is_cuda
-    return (hidden.pin_memory() if cuda else hidden).to(device, non_blocking=cuda)
+def moved(x, device):
+    """degrade.moved: x on the device. A CUDA GPU is not waited for."""
+    cuda = device.type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
 
 @torch.compiler.disable
@@ -243,7 +243,7 @@ def visible_index(hidden, device):
     """
     patches = (~hidden).nonzero(as_tuple=True)[1].view(len(hidden), -1)
     rows = torch.arange(len(hidden), device=device)[:, None]
-    return rows, on_device(patches, device)
+    return rows, moved(patches, device)
 
 
 def xavier(m):
@@ -580,11 +580,11 @@ class MaskToken:
 
         token False: without the mask token, to see what it is for (A2 Fig. A3).
         """
-        token = token and hidden is not None
-        hidden = on_device(hidden, images.device) if token else None
+        used = token and hidden is not None and self.token_at is not None
+        hidden = moved(hidden, images.device) if used else None
 
         def after(layer, z):
-            here = token and layer == self.token_at
+            here = used and layer == self.token_at
             return self.inject(z, self.downsample(z, hidden)) if here else z
         return self.predict(self.encode(images, after=after))
 

@@ -83,10 +83,9 @@ def main(argv=None):
     # where the run stands
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = begin(args, process, state)  # recent: the losses since the last line of the log
-    loss_function = loss_of
     if args.compile:
         model.compile(mode=compile_mode(args))
-        loss_function = torch.compile(loss_of)
+    loss_function = torch.compile(loss_of, disable=not args.compile)
     net = DistributedDataParallel(model) if process.world > 1 else model
     shown = pictures_to_show(args, process, data)
     if on_first:
@@ -158,7 +157,8 @@ def main(argv=None):
 # What a paper asks for on ImageNet. warmup_share: of the run. lr: per 256 images of the batch.
 # clip 0: none. BM's batch and warm-up are those of its launch scripts.
 # at_once: the most images a process holds, the rest of its batch is accumulated. 256 of 224 pixels
-# take 10 GB of a GPU for zoom_in_mask of vit_base, 13 for a2mim of resnet50.
+# take 10 GB of a GPU for zoom_in_mask of vit_base, 13 for a2mim of resnet50; more for a ViT that
+# keeps all patches.
 # differs from the authors' code: A2's has half this lr for ViTs, and steps for the cosine; for a
 # ResNet-50 crops of .8 to 1. BM's cosine ends at 1e-5, and so does A2's for a ResNet-50; ours at 0.
 BOTH = dict(model="vit_base", img_size=[224], patch_size=16, epochs=300, batch_size=2048,
@@ -310,7 +310,7 @@ def training_options(o):
     o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop")
     o("--save_every", type=positive_int, help="steps; None: a twentieth of the run, 200 at least")
     o("--log_every", type=positive_int, default=20, help="steps")
-    o("--compile", action="store_true", help="torch.compile model and loss")
+    o("--compile", action="store_true", help="by torch.compile")
     o("--resume", nargs="?", const="auto", metavar="PATH",
       help="go on from a checkpoint; without PATH from that of --out, if it is there")
 
@@ -569,10 +569,11 @@ def loss_of(model, prediction, d, args):
 
 
 def compile_mode(args):
-    """Of torch.compile. On a GPU one CUDA graph: to launch a step's kernels one by one can take
-    longer than they do. Not with micro-batches, whose gradients would share the graph's memory.
+    """Of torch.compile. On a GPU CUDA graphs: to launch kernels one by one can take longer than to
+    run them. Not with micro-batches, whose gradients would be overwritten, nor several processes.
     """
-    return "reduce-overhead" if args.accum == 1 else "default"
+    whole = args.micro_batch == args.batch_size
+    return "reduce-overhead" if args.device == "cuda" and whole else "default"
 
 
 def learning_rate(step, total, warmup, peak, schedule="cosine", drops=()):
@@ -1248,6 +1249,7 @@ def log(args, process, **line):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # other sizes than in training are not compiled
 def recover(model, view, args, generator, amp, token=True):
     """Views (B, C, V, V), damaged as in training -> Degraded, the prediction (B, N, p p C), and the
     recovered pictures (B, C, V, V). token False: without the mask token (A2 Fig. A3).

@@ -114,14 +114,14 @@ def autocast(dtype=amp):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def training_step(model, args, loss_of, view, forward, kind="adamw", decay=1):
+def training_step(model, args, loss, view, forward, kind="adamw", decay=1):
     """The other half of a training loop. forward: FLOPs."""
     scale = finetune.layer_scale(model, decay)
     groups = pretrain.parameter_groups(model, args.weight_decay, scale)
     optimizer = finetune.OPTIMIZERS[kind](groups, lr=1e-4, betas=tuple(args.betas))
 
     def step():
-        loss_of().backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -138,12 +138,12 @@ def make_step(flags, to_device=models.to_device):
         args.model, size, p, 3, args.token_at, args.token_how, args.decoder), device)
     view = torch.rand(args.batch_size, 3, *args.view, device=device)
 
-    loss_function = torch.compile(pretrain.loss_of) if args.compile else pretrain.loss_of
+    loss_function = torch.compile(pretrain.loss_of, disable=not args.compile)
 
     def damaged(view):
         return degrade.degrade(view, args.task, size, p, pretrain.seeded(1), **args.settings)
 
-    def loss_of():
+    def loss():
         d = damaged(view)
         with autocast():
             prediction = model(d.inputs, d.hidden)
@@ -151,7 +151,7 @@ def make_step(flags, to_device=models.to_device):
     forward = flops(model, *damaged(view[:2])[:2])
     if args.compile:
         model.compile(mode=pretrain.compile_mode(args))
-    return training_step(model, args, loss_of, view, forward)
+    return training_step(model, args, loss, view, forward)
 
 
 def step():
@@ -192,7 +192,7 @@ def finetune_():
         labels = torch.full((n, classes), 1 / classes, device=device)
         drop = models.drop_path(n, model.branches, args.drop_path, pretrain.seeded(0))
 
-        def loss_of():
+        def loss():
             images, targets = finetune.mix(view, labels, args.mixup, args.cutmix,
                                            np.random.default_rng(0))
             with autocast():
@@ -202,7 +202,7 @@ def finetune_():
         def features():
             with torch.no_grad(), autocast():
                 model.pooled(model.encode(view))
-        step = training_step(model, args, loss_of, view, flops(model, view[:2]), args.optimizer,
+        step = training_step(model, args, loss, view, flops(model, view[:2]), args.optimizer,
                              args.layer_decay)
         compare(f"fine-tuning: {label}", step, "frozen features / step", features, 7)
     picture = torch.zeros(3, 224, 224, dtype=torch.uint8)
@@ -232,7 +232,7 @@ def dense():
                          masks=torch.ones(2, *size, dtype=torch.uint8, device=device))
             more = [[truth] * n]
 
-        def loss_of():
+        def loss():
             with autocast():
                 scores = model(view, None, *more)
             return finetune.LOSSES[head](scores, labels, args)
@@ -240,7 +240,7 @@ def dense():
         def maps():
             with torch.no_grad(), autocast():
                 encoder.maps(view)
-        step = training_step(model, args, loss_of, view, flops(model, view, None, *more),
+        step = training_step(model, args, loss, view, flops(model, view, None, *more),
                              args.optimizer, args.layer_decay)
         compare(label, step, "the encoder's maps / step", maps, 5)
 
@@ -393,6 +393,7 @@ def compile_():
                         ("ViT-B/16, twice the batch", f"--task mask {NETWORKS[VIT_B]} "
                          f"--batch_size {2 * N} --accum 1"),
                         ("default small model", "--task mask")):
+        torch.compiler.reset()  # a second size in a process would be compiled for any size
         plain, fast = (make_step(f"{flags} {more}") for more in ("", "--compile"))
         report(f"{name}: compiling", [seconds(fast, 1)], "s")
         compare(f"{name}, compiled", fast, "as it is / compiled", plain, 5)

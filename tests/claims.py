@@ -625,18 +625,18 @@ def panels(args):
         paper, of = PAPER, "ImageNet"
         if "A2" in title:
             paper, of = PAPER_A2 if measure == "linear" else {}, "ResNet-50, IN-100"
-        lines = [*zip(*(arms for arms in zip(*lines) if {*arms} & {*found, *paper}))]
-        ordered = "Table 2" in title or "Fig. 5" in title  # by a number: joined
+        places = [place for place in zip(*lines) if {*place} & {*found, *paper}]
+        lines = [*zip(*places)]
+        dash = "-" * ("Table 2" in title or "Fig. 5" in title)  # these arms differ by a number
         right = ax.twinx()
         for arms, color in zip(lines, ("C0", "C1")):
             x = [i for i, arm in enumerate(arms) if arm in found]
             ours = [found[arms[i]] for i in x]
             error = [statistics.stdev(v) if len(v) > 1 else 0 for v in ours]
-            ax.errorbar(x, [statistics.mean(v) for v in ours], error, fmt="o-" if ordered else "o",
+            ax.errorbar(x, [statistics.mean(v) for v in ours], error, fmt="o" + dash,
                         color=color, label=arms[-1])
             x = [i for i, arm in enumerate(arms) if arm in paper]
-            right.plot(x, [paper[arms[i]] for i in x], "s--" if ordered else "s", color=color,
-                       alpha=0.4)
+            right.plot(x, [paper[arms[i]] for i in x], "s" + 2 * dash, color=color, alpha=0.4)
         ticks = [arm.partition(".")[2] or arm for arm in lines[0]]
         ticks = ticks if len(lines) == 1 else [*ticks[:-1], "all"]
         ax.set_title(title)

@@ -120,7 +120,7 @@ def runs():
                                 ("shapes", "fp16", ""), ("shapes", "bf16", "--compile")):
             argv = f"--task {task} --data {data} --amp {amp} {more} --device {asked.device}".split()
             argv += SMALL if not BIG else f"--model {model} --batch_size 128 --img_size 224 " \
-                "--patch_size 16 --accum 1 --steps 200 --log_every 20".split()
+                "--patch_size 16 --steps 200 --log_every 20".split()
             if not BIG:
                 argv += ["--amp", "bf16", "--model", "vit_micro" if "vit" in model else "resnet18"]
             kind = "JPEGs" if data == photos() else "memory"
