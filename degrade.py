@@ -32,7 +32,9 @@ def pair(size):
 
 
 def moved(x, device):
-    """x on the device. A CUDA GPU is not waited for: the copy is from pinned memory."""
+    """x on the device. A CUDA GPU is not waited for: the copy is from pinned memory. Apple's is: it
+    might read what is freed by then.
+    """
     cuda = torch.device(device).type == "cuda" and not x.is_cuda
     return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 

@@ -72,9 +72,9 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = pretrain.begin(args, process, state)
-    if args.compile:
-        model.compile(mode=pretrain.compile_mode(args))
-    net = nn.parallel.DistributedDataParallel(model) if process.world > 1 else model
+    # `model` itself, which is measured on other sizes, is not compiled
+    net = torch.compile(model, mode=pretrain.compile_mode(args), disable=not args.compile)
+    net = nn.parallel.DistributedDataParallel(net) if process.world > 1 else net
     if on_first:
         print(pretrain.describe(args, process, data, start), flush=True)
 
@@ -849,7 +849,6 @@ OPTIMIZERS = {
 # --- What is measured ---
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # images of every size are not compiled
 def evaluate_pixels(model, data, args, process, amp):
     """Mean IoU and pixel accuracy in %, over every labelled pixel of all images at their own size.
     A class that is neither there nor found is left out of the mean.
@@ -1006,7 +1005,6 @@ def average_precision(images):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def found_sheet(model, data, args, device, amp):
     """found.png in --out: eight images with what is in them, and with what is found."""
     model.eval()
@@ -1046,7 +1044,6 @@ def drawn(image, objects, classes):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def evaluate(model, data, args, process, amp):
     """Top-1 and top-5 in % over all images, each counted once however many processes share them."""
     size = [args.test_size] * 2 if args.test_size else args.img_size

@@ -53,13 +53,14 @@ def normalize_patches(patches, norm="patch", channels=3):
     return (patches - mean) / std
 
 
-def area_matrix(n, m):
+def area_matrix(n, m, device):
     """Box averages from n to m pixels repeat every n / g pixels: the matrix of one period,
     (n / g, m / g), and g. Two periods at once, where they pair up, are faster.
     """
     g = math.gcd(n, m)
     g = g // 2 if g % 2 == 0 else g
-    return F.interpolate(torch.eye(n // g)[None], m // g, mode="area")[0], g
+    matrix = F.interpolate(torch.eye(n // g)[None], m // g, mode="area")[0]
+    return matrix.to(device), g  # from the CPU: Apple's GPU has no "area"
 
 
 def resize_area(images, size):
@@ -68,8 +69,8 @@ def resize_area(images, size):
     """
     if images.is_cuda:
         return F.interpolate(images, size, mode="area")
-    (rows, gh), (columns, gw) = (area_matrix(n, m) for n, m in zip(images.shape[2:], size))
-    rows, columns = rows.to(images.device), columns.to(images.device)  # Apple's GPU has no "area"
+    (rows, gh), (columns, gw) = (area_matrix(n, m, images.device)
+                                 for n, m in zip(images.shape[2:], size))
     images = (images.unflatten(3, (gw, -1)) @ columns).flatten(3)  # (B, C, H, w)
     return (rows.T @ images.unflatten(2, (gh, -1))).flatten(2, 3)  # (B, C, h, w)
 

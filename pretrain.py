@@ -83,10 +83,10 @@ def main(argv=None):
     # where the run stands
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = begin(args, process, state)  # recent: the losses since the last line of the log
-    if args.compile:
-        model.compile(mode=compile_mode(args))
+    # `model` itself, which draws pictures of other sizes, is not compiled
+    net = torch.compile(model, mode=compile_mode(args), disable=not args.compile)
+    net = DistributedDataParallel(net) if process.world > 1 else net
     loss_function = torch.compile(loss_of, disable=not args.compile)
-    net = DistributedDataParallel(model) if process.world > 1 else model
     shown = pictures_to_show(args, process, data)
     if on_first:
         print(describe(args, process, data, start), flush=True)
@@ -1249,7 +1249,6 @@ def log(args, process, **line):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # other sizes than in training are not compiled
 def recover(model, view, args, generator, amp, token=True):
     """Views (B, C, V, V), damaged as in training -> Degraded, the prediction (B, N, p p C), and the
     recovered pictures (B, C, V, V). token False: without the mask token (A2 Fig. A3).

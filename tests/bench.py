@@ -138,6 +138,7 @@ def make_step(flags, to_device=models.to_device):
         args.model, size, p, 3, args.token_at, args.token_how, args.decoder), device)
     view = torch.rand(args.batch_size, 3, *args.view, device=device)
 
+    net = torch.compile(model, mode=pretrain.compile_mode(args), disable=not args.compile)
     loss_function = torch.compile(pretrain.loss_of, disable=not args.compile)
 
     def damaged(view):
@@ -146,11 +147,9 @@ def make_step(flags, to_device=models.to_device):
     def loss():
         d = damaged(view)
         with autocast():
-            prediction = model(d.inputs, d.hidden)
+            prediction = net(d.inputs, d.hidden)
         return loss_function(model, prediction, d, args)
     forward = flops(model, *damaged(view[:2])[:2])
-    if args.compile:
-        model.compile(mode=pretrain.compile_mode(args))
     return training_step(model, args, loss, view, forward)
 
 
