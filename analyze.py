@@ -163,9 +163,8 @@ def game(classify, image, label, p, base):
 
 def near_pairs(grid, distance=2):
     """Pairs of patches at most `distance` rows and columns apart, each once: (pairs, 2) int64."""
-    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    rows, columns = (x.flatten() for x in axes)
-    apart = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (N, 2)
+    apart = (places[:, None] - places).abs().amax(2)
     return ((apart > 0) & (apart <= distance)).triu().nonzero()
 
 

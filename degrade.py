@@ -26,6 +26,12 @@ import torch
 import torch.nn.functional as F
 
 
+def check(right, message=""):
+    """A request that cannot be carried out ends here; the scripts say it in one line."""
+    if not right:
+        raise ValueError(message)
+
+
 def pair(size):
     """An int or (height, width) as (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
@@ -58,11 +64,9 @@ def cells_of(grid, ratio, unit):
     MAE, one at least.
     """
     rows, columns = pair(grid)
-    if unit < 1 or rows % unit or columns % unit:
-        raise ValueError(f"mask cells of {unit} patches do not tile {rows}x{columns} patches: "
-                         "choose another --mask_unit")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"mask ratio {ratio} is outside [0, 1)")
+    check(unit > 0 and rows % unit == columns % unit == 0, f"mask cells of {unit} patches do not "
+          f"tile {rows}x{columns} patches: choose another --mask_unit")
+    check(0 <= ratio < 1, f"mask ratio {ratio} is outside [0, 1)")
     cells = rows // unit * (columns // unit)
     return rows // unit, columns // unit, max(1, math.floor(cells * (1 - ratio) + 1e-6))
 
@@ -200,6 +204,15 @@ def at_height(height, whole):
 
 # --- (a) - (e) What happens to the picture ---
 
+def zoom_height(zoom_size, height):
+    """zoom_size, or 160 / 224 of a picture's height (BM 4.1)."""
+    if zoom_size is None:
+        return height * 160 / 224
+    check(zoom_size != "rand" and 1 <= zoom_size <= height,
+          f"zoom size {zoom_size} is not one of 1 .. {height}, the picture's height")
+    return zoom_size
+
+
 def unchanged(images):
     """The picture as it is: masking alone."""
     return images
@@ -216,9 +229,7 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     """
     whole = tuple(images.shape[2:])
     size = pair(size or whole)
-    if zoom_size is not None and (zoom_size == "rand" or not 1 <= zoom_size <= whole[0]):
-        raise ValueError(f"zoom size {zoom_size} is not one of 1 .. {whole[0]}, the view's height")
-    region = at_height(zoom_size or whole[0] * 160 / 224, whole)
+    region = at_height(zoom_height(zoom_size, whole[0]), whole)
     if zoom_size is None and size != whole:
         region = size
     if zoom_at == "center":
@@ -234,8 +245,9 @@ def others_patches(images, p, generator, within):
     neighbours in the batch, which may be split into fours.
     """
     B, _, H, W = images.shape
-    if B < 2 or within and B < within[1] and B % 4:
-        raise ValueError(f"zoom fill 'other' takes patches of four images: {B} are not fours")
+    whole = not within or B == within[1]
+    check(B > 1 and (whole or B % 4 == 0),
+          f"zoom fill 'other' takes patches of four images: {B} are not fours")
     u = random_numbers(B, -(-H // p), -(-W // p), generator=generator, within=within)
     own, n = torch.arange(B).view(B, 1, 1), min(B, 4)
     first = (own // 4 * 4).clamp(max=B - n)
@@ -257,12 +269,10 @@ def zoom_out(images, zoom_size=None, zoom_fill="mirror", generator=None, within=
     # differs from the authors' code: it compares with the view at zoom_size.
     """
     B, C, H, W = images.shape
-    if zoom_size not in (None, "rand") and not 1 <= zoom_size <= H:
-        raise ValueError(f"zoom size {zoom_size} is outside 1 .. {H}, the height of the canvas")
     u = random_numbers(B, 3, generator=generator, within=within)
     heights = torch.tensor([96.0, 128.0, 160.0, 192.0])[(u[:, 0] * 4).long()] * H / 224
     if zoom_size != "rand":
-        heights = torch.full((B,), float(zoom_size or H * 160 / 224))
+        heights = torch.full((B,), float(zoom_height(zoom_size, H)))
     around = images.new_zeros(B, 1, 1, 1)  # black
     if zoom_fill == "other":
         around = others_patches(images, patch_size, generator, within)
@@ -299,8 +309,8 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
     # differs from the authors' code: there t is .15 to .25, and zeros are around the picture.
     """
     B, _, H, W = images.shape
-    if not 0 <= twist[0] <= twist[1] <= 1:
-        raise ValueError(f"twist {twist[0]} {twist[1]} is not 0 <= smallest <= largest <= 1")
+    check(0 <= twist[0] <= twist[1] <= 1,
+          f"twist {twist[0]} {twist[1]} is not 0 <= smallest <= largest <= 1")
     u = moved(random_numbers(B, 3, generator=generator, within=within), images.device)
     c = 2 * u[:, None, None, :2] - 1
     t = (twist[0] + (twist[1] - twist[0]) * u[:, 2]).view(B, 1, 1, 1)
@@ -344,8 +354,8 @@ def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None)
     # pixels, and changes the picture's size.
     """
     B, C, H, W = images.shape
-    if blur_kernel != "rand" and (blur_kernel < 1 or blur_kernel % 2 == 0):
-        raise ValueError(f"blur kernel {blur_kernel} is not odd: choose 5, 7, 9, 11, rand")
+    check(blur_kernel == "rand" or blur_kernel > 0 and blur_kernel % 2,
+          f"blur kernel {blur_kernel} is not odd: choose 5, 7, 9, 11, rand")
     k = 11 if blur_kernel == "rand" else blur_kernel
     sides = torch.full((B,), float(k))
     if blur_kernel == "rand":
@@ -369,10 +379,8 @@ def desaturate(images, saturation=0.3):
     the maximum.
     # differs from the authors' code: it weighs the channels at random.
     """
-    if images.shape[1] == 1:
-        raise ValueError("grey images have no saturation: choose another task")
-    if not 0 <= saturation <= 1:
-        raise ValueError(f"saturation {saturation} is outside 0 .. 1")
+    check(images.shape[1] > 1, "grey images have no saturation: choose another task")
+    check(0 <= saturation <= 1, f"saturation {saturation} is outside 0 .. 1")
     value = images.amax(1, keepdim=True)
     return value + (images - value) * saturation
 
@@ -483,9 +491,11 @@ def view_size(task, size, view_size=None):
     """(h, w) of the task's view for an input of `size`. V - S is even: the centre is whole pixels.
     """
     size = pair(size)
-    if view_size is not None and (view_size < size[0] or (view_size - size[0]) % 2):
-        raise ValueError(f"view size {view_size} is not {size[0]} or larger by an even number")
-    zoom = TASKS[task].zoom if view_size is None else view_size / size[0]
+    zoom = TASKS[task].zoom
+    if view_size is not None:
+        check(view_size >= size[0] and (view_size - size[0]) % 2 == 0,
+              f"view size {view_size} is not {size[0]} or larger by an even number")
+        zoom = view_size / size[0]
     return tuple(side + 2 * round(side * (zoom - 1) / 2) for side in size)
 
 
@@ -507,14 +517,12 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
     """
     values = task_settings(task)
     row = TASKS[task]
-    unknown = [name for name in settings if name not in values]
-    if unknown:
-        raise ValueError(f"task {task} has no setting '{unknown[0]}', but {', '.join(values)}")
-    values.update(settings)
-    for name, value in values.items():
+    for name, value in settings.items():
+        check(name in values, f"task {task} has no setting '{name}', but {', '.join(values)}")
         kind, _ = SETTINGS.get(name, (str, ""))
-        if not callable(kind) and value not in (None, *kind):
-            raise ValueError(f"{name} '{value}' is not one of {', '.join(kind)}")
+        allowed = [value] if callable(kind) else [None, *kind]
+        check(value in allowed, f"{name} '{value}' is not one of {', '.join(map(str, allowed))}")
+    values.update(settings)
     size = pair(size or tuple(view.shape[2:]))
     given = dict(size=size, patch_size=patch_size, generator=generator, within=within)
 
@@ -526,9 +534,8 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         hidden = call(MASKS[values["mask_kind"]], dict(
             given, images=inputs, batch=len(view), grid=tuple(side // patch_size for side in size),
             ratio=values["mask_ratio"], unit=values["mask_unit"]))
-        if not hidden[0].any():
-            raise ValueError(f"mask ratio {values['mask_ratio']} hides none of the cells of "
-                             f"{values['mask_unit']} patches a side: choose a larger one, or 0")
+        check(hidden[0].any(), f"mask ratio {values['mask_ratio']} hides none of the cells of "
+              f"{values['mask_unit']} patches a side: choose a larger one, or 0")
     there = None if hidden is None else moved(hidden, view.device)
     filled = hidden is not None and values["fill"] is not None
     if filled:
@@ -550,17 +557,14 @@ def read_image(path):
     import numpy
     from PIL import Image, ImageOps  # comes with torchvision
     with Image.open(path) as image:
+        wide = image.mode == "F" or image.mode == "I" and image.format != "PNG"
+        image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             pixels = numpy.array(image)
-            wide = image.mode == "F" or image.mode == "I" and image.format != "PNG"
-            if wide or 0 < pixels.max() < 4096:
-                raise ValueError(f"the range of its {image.mode} values is not known: save 8 bits, "
-                                 "or 16 that reach 65535")
-            pixels = Image.fromarray((pixels / 257).astype(numpy.uint8))
-            pixels.info = image.info
-            image = pixels
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+            check(not wide and not 0 < pixels.max() < 4096, f"the range of its {image.mode} values "
+                  "is not known: save 8 bits, or 16 that reach 65535")
+            image = Image.fromarray((pixels / 257).astype(numpy.uint8))
+        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def onto(canvas, picture):
@@ -589,7 +593,9 @@ def paste_visible(recovered, d, p):
 
 
 def sheet(columns, titles, note="", side=128):
-    """Columns of images (B, C, H, W) under titles, a row an image, as a Pillow picture."""
+    """Columns of images (B, C, H, W) under titles, a row an image, as a Pillow picture. Of more
+    channels the first three are shown.
+    """
     from PIL import Image, ImageDraw  # comes with torchvision
     B, _, H, W = columns[0].shape
     gap = 4
@@ -598,7 +604,7 @@ def sheet(columns, titles, note="", side=128):
     bottom = top + B * (side + gap)
     page = torch.ones(3, bottom + (top if note else 0), gap + len(columns) * (width + gap))
     for i, images in enumerate(columns):
-        images = images.detach().float().cpu()
+        images = images[:, :3].detach().float().cpu()
         if H < side:
             images = F.interpolate(images, (side, width), mode="nearest-exact")
         for j, picture in enumerate(scaled(images, (side, width)).clamp(0, 1)):

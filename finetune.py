@@ -171,7 +171,7 @@ DEIT = dict(img_size=[224], patch_size=16, epochs=100, warmup_share=0.05, batch_
             clip=5.0, crop=[0.08, 1.0], layer_decay=0.65, drop_path=0.1, smoothing=0.1,
             rand_augment=[9, 0.5], random_erasing=0.0, mixup=0.8, cutmix=1.0, loss="ce",
             pool="mean", test_size=0, test_crop=0.875, schedule="cosine", drops=[],
-            head="classify", num_classes=None)
+            head="classify", num_classes=None, relative_positions=False)
 RSB_A3 = dict(DEIT, img_size=[160], batch_size=2048, optimizer="lamb", lr=1e-3, weight_decay=0.02,
               clip=0.0, layer_decay=1.0, drop_path=0.0, smoothing=0.0, rand_augment=[6, 0.5],
               mixup=0.1, loss="bce", test_size=224, test_crop=0.95)
@@ -237,8 +237,7 @@ def open_run(weights, chosen, trains=False):
     check(head == RECIPES[recipe]["head"], f"--recipe {recipe}: another --head")
 
     # the recipe, what differs for a network of maps and for a folder, and what the run had
-    defaults = {"relative_positions": False, **RECIPES[recipe]}
-    defaults.update(model=model, data=data, recipe=recipe, head=head, root="data", only=None,
+    defaults = dict(RECIPES[recipe], model=model, data=data, recipe=recipe, root="data", only=None,
                     fitted=None)
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
@@ -437,7 +436,7 @@ class AnnotatedSet(pretrain.FolderSet):
         with Image.open(self.path(index)) as picture:
             if picture.getexif().get(0x0112, 1) != 1:
                 raise ValueError("EXIF turns it, perhaps not its annotation: save it without EXIF")
-        return pretrain.FolderSet.read(self, index)
+        return super().read(index)
 
     def readable(self, rows, workers=0):
         """(index, what `read` returns) of each of these rows that can be read."""
@@ -491,7 +490,10 @@ class PixelSet(AnnotatedSet):
         if epoch < 0:
             return image
         u = torch.rand(4, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
-        image = resized(image[None], (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size))[0]
+        short = (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size)
+        pixels = models.to_short_side(image[None, :3], short)
+        kinds = F.interpolate(image[None, 3:], pixels.shape[2:], mode="nearest-exact")
+        image = torch.cat([pixels, kinds], dim=1)[0]
         H, W = (max(n, m) for n, m in zip(image.shape[1:], size))
         canvas = torch.full((4, H, W), 255, dtype=torch.uint8)  # 255: not labelled
         canvas[:3] = 255 * torch.tensor(degrade.ZERO).view(3, 1, 1)
@@ -564,7 +566,7 @@ class BoxSet(AnnotatedSet):
         """(3, H, W) uint8, its objects."""
         if self.scenes:
             image, kinds = self.scenes.drawn(torch.tensor([index]))[0], self.scenes.kinds[index]
-            which = torch.tensor([i for i in range(1, 5) if (image[3] == i).any()])  # not hidden
+            which = image[3][image[3] > 0].unique().long()  # not hidden
             masks = image[3] == which[:, None, None]
             boxes = ops.masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
             return image[:3], dict(boxes=boxes, labels=kinds[which - 1] + 1, masks=masks.byte(),
@@ -594,7 +596,7 @@ class BoxSet(AnnotatedSet):
         u = torch.rand(2, generator=seeded(seed, pretrain.CROP, epoch, index)).tolist()
         H, W = image.shape[1:]
         short = (scale[0] + (scale[1] - scale[0]) * u[0]) * min(size)
-        image = models.to_short_side(image, short, LONGER * min(size))
+        image = models.to_short_side(image[None], short, LONGER * min(size))[0]
         h, w = image.shape[1:]
         masks = F.interpolate(objects["masks"][None], (h, w), mode="nearest-exact")[0]
         boxes = objects["boxes"] * torch.tensor([w / W, h / H, w / W, h / H])
@@ -678,14 +680,7 @@ def polygon(points, height, width):
     return (changes.cumsum(dtype=np.uint8) & 1).reshape(width, height).T
 
 
-def resized(images, short):
-    """Images with their classes (k, 4, H, W) uint8, their short side as given."""
-    size = [max(1, round(side * short / min(images.shape[2:]))) for side in images.shape[2:]]
-    pixels = F.interpolate(images[:, :3], size, mode="bilinear", antialias=True)
-    return torch.cat([pixels, F.interpolate(images[:, 3:], size, mode="nearest-exact")], dim=1)
-
-
-def annotated_data(args, process, trains=True, classes=None):
+def annotated_data(args, process, trains, classes):
     """As labelled_data, of images with annotations."""
     check(not args.labels and not args.only, f"--labels, --classes: not of --head {args.head}")
     check((args.num_classes or 0) < 256, f"--num_classes {args.num_classes}: at most 255")
@@ -881,7 +876,7 @@ def classes_of(model, images, args, device, amp):
     """The class found for each pixel of images (k, 4, H, W): (k, H, W). Their short side is shown
     at --img_size.
     """
-    view = resized(images, min(args.img_size))[:, :3].to(device).float() / 255
+    view = models.to_short_side(images[:, :3], min(args.img_size)).to(device).float() / 255
     with torch.autocast(device.type, amp, enabled=amp is not None):
         scores = model(view).float()
     scores = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
@@ -1029,7 +1024,7 @@ def found_sheet(model, data, args, device, amp):
 
 def drawn(image, objects, classes):
     """An image (3, H, W) uint8 with objects on it: (3, 192, 192) in [0, 1]."""
-    picture = models.to_short_side(image, 192, 192)
+    picture = models.to_short_side(image[None], 192, 192)[0]
     size = picture.shape[1:]
     labels = objects["labels"].tolist()
     if labels:

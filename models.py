@@ -142,9 +142,8 @@ def sincos_positions(dim, grid):
         omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
         angle = positions[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], dim=1)
-    axes = (torch.arange(n, dtype=torch.float64) for n in grid)
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    table = torch.cat([along(columns.flatten()), along(rows.flatten())], dim=1)  # (N, dim)
+    rows, columns = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).T
+    table = torch.cat([along(columns), along(rows)], dim=1)  # (N, dim)
     return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
 
 
@@ -165,9 +164,8 @@ def relative_index(grid, device=None):
     First (2 gh - 1)(2 gw - 1) offsets of patches, then cls to patch, patch to cls, cls to cls.
     """
     gh, gw = grid
-    axes = (torch.arange(n, device=device) for n in grid)
-    axes = torch.meshgrid(*axes, indexing="ij")
-    dy, dx = (x.flatten()[:, None] - x.flatten()[None, :] for x in axes)  # (N, N)
+    places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid))  # (N, 2)
+    dy, dx = (places[:, None] - places).unbind(2)  # (N, N)
     offsets = (2 * gh - 1) * (2 * gw - 1)
     index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.long, device=device)
     index[1:, 1:] = (dy + gh - 1) * (2 * gw - 1) + dx + gw - 1
@@ -263,8 +261,8 @@ class ViT(Encoder):
     first = "patch_embed.proj"
     head_name = "head"
 
-    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, channels=3,
-                 num_classes=0, relative_positions=False, pool="cls"):
+    def __init__(self, img_size, patch_size, dim, depth, heads, channels=3, num_classes=0,
+                 relative_positions=False, pool="cls"):
         super().__init__(img_size, patch_size, channels)
         self.dim = dim
         self.heads = heads
@@ -426,8 +424,7 @@ class ResNet(Encoder):
     """
     stride = 32
 
-    def __init__(self, img_size=224, patch_size=16, depths=(3, 4, 6, 3), bottleneck=True,
-                 channels=3, num_classes=0):
+    def __init__(self, img_size, patch_size, depths, bottleneck, channels=3, num_classes=0):
         super().__init__(img_size, patch_size, channels)
         self.conv1 = Convolution(channels, 64, 7, 2)
         self.bn1 = BatchNorm(64)
@@ -482,7 +479,7 @@ class EncoderDecoder(ViT):
     # differs from the authors' code: BM's has no cls token, and 1-D positions.
     """
 
-    def __init__(self, *args, decoder=(4, 384, 6), **more):
+    def __init__(self, *args, decoder, **more):
         """decoder: its depth, width and heads. The rest are a ViT's."""
         super().__init__(*args, **more)
         depth, width, heads = decoder
@@ -527,7 +524,7 @@ class MaskToken:
     # starts at 1e-6 before it adds T ("scaled"); and has T after its ImageNet ViTs' projection.
     """
 
-    def __init__(self, *args, token_at=0, token_how="add", **more):
+    def __init__(self, *args, token_at, token_how, **more):
         super().__init__(*args, **more)
         self.token_at = token_at
         self.token_how = token_how
@@ -549,13 +546,9 @@ class MaskToken:
         """D: each position's hidden share in [0, 1], (B, 1 + N, 1) or (B, 1, h, w) as z is."""
         if self.tokens:
             return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)  # never the cls token
-        mask = hidden.view(-1, 1, *self.grid)
-        shrink = []
-        for dim, n in ((2, z.shape[2]), (3, z.shape[3])):  # to a common multiple, then averaged
-            common = math.lcm(n, mask.shape[dim])
-            mask = mask.repeat_interleave(common // mask.shape[dim], dim)
-            shrink.append(common // n)
-        return F.avg_pool2d(mask.float(), shrink).to(z.dtype)
+        mask = hidden.view(-1, 1, *self.grid).float()
+        pixels = F.interpolate(mask, scale_factor=self.patch_size)  # (B, 1, H, W)
+        return F.adaptive_avg_pool2d(pixels, z.shape[2:]).to(z.dtype)
 
     def inject(self, z, mask):
         """The token into features z where `mask`, D(M), says."""
@@ -694,12 +687,12 @@ class Neck(nn.Module):
         return {name: z.float() for name, z in maps.items()}
 
 
-def to_short_side(image, short, longest):
-    """An image (C, H, W) with its short side as given, or its long side, where that is reached."""
-    H, W = image.shape[1:]
+def to_short_side(images, short, longest=math.inf):
+    """(B, C, H, W) with their short side as given, or their long side, where that is reached."""
+    H, W = images.shape[2:]
     by = min(short / min(H, W), longest / max(H, W))
     size = [max(1, round(side * by)) for side in (H, W)]
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 class Shown(detection.transform.GeneralizedRCNNTransform):
@@ -709,7 +702,7 @@ class Shown(detection.transform.GeneralizedRCNNTransform):
 
     def resize(self, image, target=None):
         if not self.training:
-            image = to_short_side(image, self.min_size[0], self.max_size)
+            image = to_short_side(image[None], self.min_size[0], self.max_size)[0]
         return image, target
 
 
@@ -760,8 +753,7 @@ class Detector(nn.Module):
         n = neck.pyramid.multiple
         if n & n - 1:
             raise ValueError(f"patch size {encoder.patch_size}: a detector's is a power of two")
-        scale = encoder.patch_size if encoder.tokens else 16  # pixels a position of the third map
-        anchors = [[2 * scale * 2 ** i] for i in range(5)]
+        anchors = [[n * 2 ** i] for i in range(5)]
         if kind == "c4":
             anchors, width = [sum(anchors, [])], 256
             stage = nn.Sequential(encoder.layer4, BatchNorm(encoder.dim))
@@ -1043,9 +1035,6 @@ def load_weights(model, source, head=True):
     for sign in [x for x in OTHERS if x not in own]:
         if any(f".{name}".endswith(f".{sign}") for name in names + left):
             raise ValueError(f"these weights are of {OTHERS[sign]}. There is no such model here")
-    if f"{model.first}.weight" not in weights:
-        raise ValueError("none of the backbone is in these weights: they have "
-                         f"{', '.join(names[:4])} ..., the model {', '.join(list(own)[:4])} ...")
 
     # what is no part of the backbone is taken where it fits; two decoders must be the same
     decoders = ["decoder_embed.weight" in x for x in (weights, own)]

@@ -53,6 +53,7 @@ from tqdm import tqdm
 import degrade
 import losses
 import models
+from degrade import check
 
 
 def main(argv=None):
@@ -178,12 +179,6 @@ SMALL_EPOCHS = {("shapes", "BM"): 15, ("shapes", "A2"): 10, ("shapes", "maps"): 
 BUILT_IN = ("shapes", "scenes")
 SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
         "fashion_mnist": "FashionMNIST"}
-
-
-def check(right, message=""):
-    """A request that cannot be carried out ends here; `command` says it in one line."""
-    if not right:
-        raise ValueError(message)
 
 
 def kind_of(data):
@@ -815,7 +810,7 @@ def image_files(folder, labelled=False, only=()):
         inside = os.path.relpath(where, folder)
         if only and inside == ".":
             absent, names, folders[:] = {*only} - {*folders}, [], sorted({*only} & {*folders})
-        here = os.path.realpath(where), inside.split(os.sep)[0] if labelled else ""
+        here = os.path.realpath(where), inside.split(os.sep)[0] * labelled
         if here in seen or {"config.json", "log.jsonl"} <= set(names):  # a run's own pictures
             folders.clear()
             continue
@@ -941,7 +936,7 @@ class FolderSet(Dataset):
     def plain(self, rows, batch, size, device, workers=0, crop=1.0):
         """As MemorySet.plain; an image that cannot be read is left out."""
         return self._load([[(i, -1, size, crop, 0, None) for i in part.tolist()]
-                           for part in rows.split(batch)], device, workers)
+                           for part in rows.split(batch) if len(part)], device, workers)
 
 
 def load_data(args, process, split="train", labelled=False, classes=None):

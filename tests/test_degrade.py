@@ -223,6 +223,8 @@ def test_every_task_takes_any_shape(task, channels, size):
     d = D.degrade(view, task, size, 8, seed())
     assert torch.equal(view, before)
     assert d.inputs.shape == (4, channels, *size)
+    height, width = 16 + 4 * (16 + 4), 8 + round(16 * size[1] / size[0])
+    assert D.sheet([d.inputs], [task]).size == (width, height)
 
 
 @pytest.mark.parametrize("task, hides, name, value", [

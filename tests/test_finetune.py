@@ -291,7 +291,7 @@ def test_a_run_learns_and_leaves_its_files(learned):
 
 
 def test_eval_keeps_the_classifier_and_counts_every_image_once(learned, data, tmp_path):
-    """As the run did. Then three processes share 13 images, one in a wrong class."""
+    """As the run did. Then three processes share 13 images, one in a wrong class; then two."""
     argv = ["--weights", learned, "--eval", *HERE, "--out"]
     assert plain(*argv, tmp_path / "a") == 0
     last = {name: log_of(learned)[-1][name] for name in ("top1", "top5", "images")}
@@ -301,6 +301,11 @@ def test_eval_keeps_the_classifier_and_counts_every_image_once(learned, data, tm
     assert codes == [0, 0, 0], said
     assert dict(top1=92.31, images=13).items() <= json_of(tmp_path / "b").items()
     assert [*os.listdir(tmp_path / "b")] == ["result.json"]
+    for path in sorted((data / "val").rglob("*.png"))[2:]:
+        path.unlink()
+    codes, said = together("finetune", *argv, tmp_path / "c", "--data", data, processes=3)
+    assert codes == [0, 0, 0], said
+    assert dict(top1=100, images=2).items() <= json_of(tmp_path / "c").items()
 
 
 def test_eval_without_the_classifier_is_refused(learned, data, tmp_path, capfd):
