@@ -325,14 +325,19 @@ def degrade_():
         report_speed(f"degrade {task}, 224 px, batch 64", 64, found)
 
 
+def photo(path, height, width):
+    """Write a JPEG, as soft and as noisy as a photograph."""
+    soft = F.interpolate(torch.randn(1, 3, 48, 48), (height, width), mode="bicubic")[0]
+    picture = 128 + 50 * soft + 4 * torch.randn(3, height, width)
+    io.write_jpeg(picture.clamp(0, 255).byte(), str(path), 90)
+
+
 def input_():
     """JPEGs to views on one thread, and torchvision's pipeline on Pillow images."""
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/class")
-        for i in range(200):  # of the size of photographs
-            soft = F.interpolate(torch.randn(1, 3, 48, 48), (375, 500), mode="bicubic")[0]
-            picture = 128 + 50 * soft + 4 * torch.randn(3, 375, 500)
-            io.write_jpeg(picture.clamp(0, 255).byte(), f"{folder}/class/{i}.jpg", 90)
+        for i in range(200):
+            photo(f"{folder}/class/{i}.jpg", 375, 500)
         usual = datasets.ImageFolder(folder, transforms.Compose([
             transforms.RandomResizedCrop(224, (0.2, 1), interpolation=3),  # bicubic
             transforms.RandomHorizontalFlip(), transforms.ToTensor(),

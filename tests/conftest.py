@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,6 +100,19 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture
+def data(labelled, tmp_path):
+    """A copy of `labelled`."""
+    return Path(shutil.copytree(labelled, tmp_path / "data"))
+
+
+def spoil(image, copies=0):
+    """The file of an image cannot be read. So many copies of what it was stand beside it."""
+    for i in range(copies):
+        shutil.copy(image, image.with_name(f"more{i}.png"))
+    image.write_text("no picture")
+
+
+@pytest.fixture
 def of(folder, labelled, tmp_path, capfd):
     """of(module, *options) -> (exit code, what was printed, what was complained about), of
     pretrain on `folder`, of finetune or probe on `labelled`.
@@ -109,8 +123,7 @@ def of(folder, labelled, tmp_path, capfd):
     def go(module, *argv, out=None, data=None):
         tiny, where = usual[module]
         argv = [*tiny, "--data", data or where, "--out", out or tmp_path / "run", *argv]
-        code = pretrain.command(module.main, [str(x) for x in argv])
-        return code, *capfd.readouterr()
+        return command(module, *argv), *capfd.readouterr()
     return go
 
 
@@ -171,6 +184,11 @@ def _process(name, argv, preamble, place, said):
     sys.exit(pretrain.command(module.main, list(map(str, argv))))
 
 
+def command(module, *argv):
+    """The exit code of a script's command in this process."""
+    return pretrain.command(module.main, [*map(str, argv)])
+
+
 def log_of(out):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
@@ -187,6 +205,14 @@ def weights_of(out):
     return checkpoint_of(out)["model"]
 
 
+def picture(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-5):
+    return torch.allclose(a.float(), b.float(), atol=atol)
+
+
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -198,8 +224,14 @@ def json_of(out, name="result"):
 ONE = pretrain.Process(0, 1, torch.device("cpu"))
 
 
-def loaded(data):
-    return pretrain.load_data(pretrain.options(["--data", str(data)]), ONE)
+def loaded(data, split="train"):
+    return pretrain.load_data(pretrain.options(["--data", str(data)]), ONE, split)
+
+
+def views(labelled, size, crop=1.0):
+    """The 13 images of `labelled`'s val as they are measured, and their classes."""
+    val = pretrain.FolderSet(labelled / "val", labelled=True)
+    return next(val.plain(torch.arange(13), 13, size, torch.device("cpu"), crop=crop))
 
 
 def gradients_of(out):
@@ -223,8 +255,7 @@ def few_scenes(monkeypatch):
 
 def small_run(out):
     """A run on the built-in pictures as the first command leaves one, two steps long."""
-    argv = ["--batch_size", "8", "--steps", "2", "--out", str(out)]
-    assert pretrain.command(pretrain.main, argv) == 0
+    assert command(pretrain, "--batch_size", 8, "--steps", 2, "--out", out) == 0
     return str(out)
 
 
@@ -237,7 +268,7 @@ def a_run_on_scenes(go, tmp_path, *names):
     assert (out / "found.png").exists()
     assert [line["step"] for line in log_of(out) if names[0] in line] == [2, 4]
     argv = ["--eval", "--weights", out, "--amp", "off", "--out", tmp_path / "eval"]
-    assert pretrain.command(finetune.main, [*map(str, argv)]) == 0
+    assert command(finetune, *argv) == 0
     again = json_of(tmp_path / "eval")
     assert [again[name] for name in names] == [found[name] for name in names]
 

@@ -8,8 +8,6 @@ A line a figure, with what is wanted of it; the last line is JSON. Exit code 1 w
 differs from what is wanted. pytest does not collect it.
 """
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +18,6 @@ from statistics import median
 import bench  # it finds the others
 import claims
 import torch
-import torch.nn.functional as F
-from torchvision import io
 
 import degrade
 import models
@@ -45,16 +41,14 @@ def report(name, value, right=True, wanted=""):
         wrong.append(name)
 
 
-def command(name, script, *argv, launcher=(), code=0):
+def command(name, script, *argv, launcher=()):
     """Run a script in a folder of its own -> that folder and the lines of its log."""
     out, start = folder / name.replace(" ", "_"), time.perf_counter()
-    argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv)]
-    if script != "analyze":
-        argv += ["--out", out]
+    argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv), "--out", out]
     done = subprocess.run(argv, cwd=claims.ROOT, capture_output=True, text=True)
     last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-    report(f"{name}: seconds", round(time.perf_counter() - start, 1), done.returncode == code,
-           "" if done.returncode == code else f"exit code {done.returncode}: {last}")
+    report(f"{name}: seconds", round(time.perf_counter() - start, 1), not done.returncode,
+           f"exit code {done.returncode}: {last}" if done.returncode else "")
     log = out / "log.jsonl"
     lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     return out, [x for x in lines if "loss" in x]
@@ -65,11 +59,9 @@ def photos():
     where = folder / "photos"
     if not where.exists():
         for i in range(1200 if BIG else 24):
-            soft = F.interpolate(torch.randn(1, 3, 48, 48), (256, 320), mode="bicubic")[0]
             to = where / ("val" if i % 6 == 0 else "train") / f"class{i % 4}"
             to.mkdir(parents=True, exist_ok=True)
-            picture = 128 + 50 * soft + 4 * torch.randn(3, 256, 320)
-            io.write_jpeg(picture.clamp(0, 255).byte(), str(to / f"{i}.jpg"), 90)
+            bench.photo(to / f"{i}.jpg", 256, 320)
     return where
 
 
@@ -144,7 +136,7 @@ def kill():
                              cwd=claims.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "checkpoint.pt").exists() and child.poll() is None:
         time.sleep(0.05)
-    os.kill(child.pid, signal.SIGKILL)
+    child.kill()
     child.wait()
     parts = command("killed", "pretrain", *argv, "--resume", launcher=launcher)[1]
     apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(whole, parts))
@@ -156,17 +148,17 @@ def scripts():
     """Each of the others once."""
     sizes = "--img_size 32 --patch_size 4 --device".split() + [asked.device]
     run, _ = command("encoder", "pretrain", *SMALL, "--data", photos())
-    tuned, _ = command("finetune", "finetune", *SMALL, "--weights", run)
+    command("finetune", "finetune", *SMALL, "--weights", run)
     command("probe", "probe", *sizes, "--weights", run)
-    command("analyze", "analyze", "fourier", run, "--device", asked.device, "--out", folder / "a")
+    command("analyze", "analyze", "fourier", run, "--device", asked.device)
     for name, more in (("segment", ""), ("detect", ""), ("detect relative", "--relative_positions"),
                        ("detect c4", "--model resnet18 --img_size 64 --patch_size 8 --neck c4")):
         argv = [*SMALL, "--head", name.split()[0], "--data", "scenes", *more.split()]
-        argv += ["--weights", run if "c4" not in name and "relative" not in name else "none"]
+        argv += ["--weights", "none" if more else run]
         out, _ = command(name, "finetune", *argv)
-        found = []
-        if name not in ("segment", "detect"):  # the others need only run
+        if more:  # these need only run
             continue
+        found = []
         for where in ("cpu", asked.device):  # the same network's measure on both
             argv = ["--eval", "--weights", out, "--amp", "off", "--device", where]
             into, _ = command(f"{name} measured on {where} {len(found)}", "finetune", *argv)

@@ -18,6 +18,8 @@ import finetune
 import losses
 import models
 import pretrain
+import probe
+from conftest import ONE, command, json_of, loaded, log_of, spoil, views
 from degrade import degrade, patch_pixels
 from pretrain import seeded
 
@@ -186,8 +188,7 @@ def made(labelled, tmp_path_factory):
             (pretrain, "zoom", "--model vit_micro --img_size 16 --patch_size 4"),
             (pretrain, "resnet", "--task a2mim --model resnet18 --img_size 32 --patch_size 8"),
             (finetune, "tuned", f"--weights {where}/zoom --recipe small --save_every 1")):
-        argv = f"{argv} {tiny} --out {where}/{name}".split()
-        assert pretrain.command(module.main, argv) == 0
+        assert command(module, *f"{argv} {tiny} --out {where}/{name}".split()) == 0
     held = models.read_weights(where / "tuned")
     held["model"]["head.weight"].normal_(generator=seeded(0))
     torch.save(held, where / "tuned" / "checkpoint.pt")
@@ -202,22 +203,17 @@ def do(made, tmp_path, capfd, monkeypatch):
 
     def go(text):
         name, *argv = text.split()
-        argv = [str(made / x) if (made / x).is_dir() else x for x in argv]
+        argv = [made / x if (made / x).is_dir() else x for x in argv]
         if name != "curves":
             argv[:0] = ["--images", "999"]
         if name != "interaction":  # in float32 by itself
             argv[:0] = ["--amp", "off"]
-        argv += ["--workers", "0", "--out", str(tmp_path)]
-        code, file = pretrain.command(A.main, [name, *argv]), tmp_path / f"{name}.json"
+        argv += ["--workers", 0, "--out", tmp_path]
+        code, file = command(A, name, *argv), tmp_path / f"{name}.json"
         found = json.loads(file.read_text(), parse_constant=pytest.fail) if file.exists() else {}
         assert code or file.with_suffix(".png").exists() or not sys.modules.get("matplotlib")
         return code, "".join(capfd.readouterr()), found.get("runs")
     return go
-
-
-def views(labelled, size):
-    val = pretrain.FolderSet(labelled / "val", labelled=True)
-    return next(val.plain(torch.arange(13), 13, size, torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -240,18 +236,15 @@ def test_occlusion(do, made):
     """By a run's own classifier, as --eval measures it; or by a linear layer."""
     found = do("occlusion tuned resnet none --repeats 2")[2]
     argv = f"--weights {made}/tuned --eval --workers 0 --amp off --out {made}/eval".split()
-    assert pretrain.command(finetune.main, argv) == 0
-    top1 = json.loads((made / "eval" / "result.json").read_text())["top1"]
-    run = found["tuned"]
+    assert command(finetune, *argv) == 0
+    run, top1 = found["tuned"], json_of(made / "eval")["top1"]
     assert run["classifier"] == "its own classifier" and run["mean"][0] == approx(top1, abs=0.01)
     assert run["dropped"] == [n / 16 for n in (0, 1, 2, 4, 5, 7, 8, 10, 12, 13, 15, 15)]
     assert found["none"]["classifier"].endswith("fitted to 36 images")
     assert found["none"]["mean"][0] > 90  # the classes differ in brightness
 
 
-def test_a_class_that_val_lacks_is_none_to_be_right_on(do, labelled, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(labelled, data)
+def test_a_class_that_val_lacks_is_none_to_be_right_on(do, data):
     shutil.rmtree(data / "val/class0")
     for run, kind in (("tuned", "its own"), ("zoom", "a linear layer")):
         code, said, found = do(f"occlusion {run} --repeats 1 --resume --data {data}")
@@ -332,8 +325,8 @@ def test_curves_are_those_of_the_logs(do, made):
     """Made anew each time. A fine-tuned run names its pre-training."""
     do("curves resnet")
     found = do("curves zoom tuned")[2]
-    log = [json.loads(line) for line in open(made / "zoom" / "log.jsonl")]
-    assert found["zoom"]["loss"] == [[x["epoch"], x["loss"]] for x in log] and len(found) == 2
+    log = [[line["epoch"], line["loss"]] for line in log_of(made / "zoom")]
+    assert found["zoom"]["loss"] == log and len(found) == 2
     assert [epoch for epoch, _ in found["tuned"]["measured"]] == approx([8 / 36, 16 / 36])
     assert found["tuned"]["pretraining"] == "zoom_in_mask"
     assert found["tuned"]["pretraining_epochs"] == approx(16 / 36)
@@ -344,8 +337,7 @@ def test_curves_are_those_of_the_logs(do, made):
 def test_a_curve_says_what_it_began_with(do, made, tmp_path, weights, pretraining):
     """What is not known of other files is not drawn."""
     run = shutil.copytree(made / "tuned", tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    config["weights"] = weights.format(made=made)
+    config = dict(json_of(run, "config"), weights=weights.format(made=made))
     (run / "config.json").write_text(json.dumps(config))
     assert do(f"curves {run}")[2]["run"].get("pretraining") == pretraining
 
@@ -415,20 +407,18 @@ def test_a_claim_is_judged_by_its_rule():
 def test_every_arm_of_a_claim_is_another_command_that_is_taken(tmp_path):
     """And a claim is tried on sets that are there, by a measure that is there."""
     args, seen = claims.options(["--out", str(tmp_path), "--seeds", "1"]), set()
-    process = pretrain.set_up("cpu")
-    data = pretrain.MemorySet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), range(30000), range(10),
-                              "")
+    data, others = loaded("shapes"), {"finetune.py": finetune, "probe.py": probe, "analyze.py": A}
     for name, arm, seed in claims.encoders(args):
         for job in claims.jobs(args, name, arm, seed):
-            script, argv = job.argv[0], job.argv[1:]
+            script, *argv = ["none" if x.startswith(str(tmp_path)) else x for x in job.argv]
             if script == "pretrain.py":
                 c = pretrain.options(argv)
-                pretrain.settle(c, process, data)
+                pretrain.settle(c, ONE, data)
                 ours = str([name, c.task, c.settings, c.token_at, c.token_how, c.freq, c.total])
                 assert c.task == arm.split(".")[0] and ours not in seen
                 seen.add(ours)
-            if script == "analyze.py":
-                assert A.options(argv).runs
+            else:
+                others[script].options(argv)
     for claim in claims.CLAIMS:
         assert {*claim.sets.split()} <= {*claims.SETS} and claim.measure in claims.MEASURES
 
@@ -444,7 +434,7 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
         todo = [claims.Job(out / n, dict(steps=None), ["-c", x])
                 for n, x in zip(runs, (good, bad, good))]
         monkeypatch.setattr(claims, "jobs", lambda *_: todo)
-        assert pretrain.command(claims.main, argv) == code
+        assert command(claims, *argv) == code
         assert (f"{runs[1]}: OSError: a full disk" in capfd.readouterr().err) == code
         assert (out / runs[2]).exists() != code
     row = "| `none` | 2 | 0 | 1.0 ± 0.0 | 2.0 ± 0.0 | 0.5 ± 0.7 | 1 | 1 (80.7) |"
@@ -458,22 +448,18 @@ def test_a_figure_is_drawn_of_two_arms_that_are_measured(tmp_path, capfd):
     for arm, there in (("zoom_in", False), ("zoom_in.96", True)):
         found[f"finetune-{arm}-0-100"] = dict(top1=50.0)
         (tmp_path / "shapes/results.json").write_text(json.dumps(found))
-        assert pretrain.command(claims.main, ["--sheet", "--out", str(tmp_path)]) == 2
+        assert command(claims, "--sheet", "--out", tmp_path) == 2
         assert "there are no runs to draw" in capfd.readouterr().err and drawn.exists() == there
 
 
-def test_figures_are_of_the_images_that_can_be_read(do, labelled, tmp_path):
+def test_figures_are_of_the_images_that_can_be_read(do, data):
     """One of 113 images is broken: it is not counted. Two are too many."""
-    data = tmp_path / "data"
-    shutil.copytree(labelled, data)
-    for i in range(100):
-        shutil.copy(labelled / "val/class0/36.png", data / f"val/class0/more{i}.png")
-    (data / "val/class0/more7.png").write_text("no picture")
+    spoil(data / "val/class0/36.png", copies=100)
     flags = f"--data {data} --model vit_micro --img_size 16 --patch_size 4"
     for name in ("variance none", "occlusion none --repeats 1"):
         code, _, found = do(f"{name} {flags}")
         assert code == 0 and found["none"]["images"] == 112
-    (data / "val/class0/more8.png").write_text("no picture")
+    spoil(data / "val/class0/more8.png")
     code, said, _ = do(f"fourier none {flags}")
     assert code == 1 and "cannot be read, more than 1%" in said
 

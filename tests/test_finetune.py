@@ -3,7 +3,6 @@ import math
 import os
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 import finetune
 import models
 import pretrain
-from conftest import (ONE, checkpoint_of, equal, gradients_of, json_of, log_of, together,
-                      weights_of)
+from conftest import (ONE, checkpoint_of, command, equal, gradients_of, json_of, log_of, spoil,
+                      together, weights_of)
 
 CPU = torch.device("cpu")
 HERE = "--workers 0 --amp off --device cpu".split()
@@ -25,17 +24,11 @@ TWO = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 40, 60)  # black, w
 
 
 def plain(*argv):
-    return pretrain.command(finetune.main, [str(x) for x in (*argv, *HERE)])
+    return command(finetune, *argv, *HERE)
 
 
 def memory(images, labels, classes="abc"):
     return pretrain.MemorySet(images, torch.as_tensor(labels), list(classes), "made by hand")
-
-
-@pytest.fixture
-def data(labelled, tmp_path):
-    """A copy of `labelled`."""
-    return Path(shutil.copytree(labelled, tmp_path / "data"))
 
 
 # --- The recipes ---
@@ -142,15 +135,6 @@ def test_a_box_of_cutmix_by_hand(place, rows, columns):
     mixed, targets = finetune.mix(TWO, torch.eye(2), 0, 1.0, rng)
     assert torch.equal(mixed[:, 0], torch.stack([box, 1 - box]))
     assert targets[0, 1].item() == pytest.approx(box.mean().item())
-
-
-def test_mixing_does_not_depend_on_how_a_batch_is_split():
-    images, targets = torch.rand(8, 3, 6, 6), torch.eye(8)
-    for step in range(4):
-        whole, *parts = ([finetune.mix(i, t, 0.8, 1.0, np.random.default_rng(step))
-                          for i, t in zip(images.split(k), targets.split(k))] for k in (8, 2, 4))
-        for part in parts:
-            assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole[0], zip(*part)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -317,14 +301,12 @@ def test_eval_without_the_classifier_is_refused(learned, data, tmp_path, capfd):
 
 
 def test_unreadable_images_do_not_count_and_over_1_percent_stop(learned, data, tmp_path, capfd):
-    for i in range(150):
-        shutil.copy(data / "val/class0/36.png", data / f"val/class0/more{i}.png")
     argv = ["--weights", learned, "--eval", "--data", data, "--out", tmp_path]
-    (data / "val/class0/36.png").write_bytes(b"no picture")
+    spoil(data / "val/class0/36.png", copies=150)
     assert plain(*argv) == 0
     assert dict(top1=100, images=162).items() <= json_of(tmp_path).items()
     assert capfd.readouterr().err.count("36.png: cannot identify") == 1
-    (data / "val/class0/more0.png").write_bytes(b"no picture")
+    spoil(data / "val/class0/more0.png")
     assert plain(*argv) == 1
     assert "2 of 163 images cannot be read" in capfd.readouterr().err
 
@@ -385,8 +367,10 @@ def test_a_run_is_called_after_its_weights(weights, tmp_path):
 
 # --- The same run, however it is split or stopped ---
 
-def test_neither_accumulation_nor_two_processes_change_the_run(of, labelled, tmp_path):
-    """With all that is random. 13 images to measure cannot be halved."""
+def test_neither_accumulation_nor_two_processes_change_the_run(labelled, tmp_path):
+    """With all that is random: of three steps one is mixup, two are cutmix. 13 images to measure
+    cannot be halved.
+    """
     flags = [*VIT, *"--recipe deit --batch_size 8 --steps 3 --data".split(), labelled, *HERE]
     half = [*flags, "--accum", 2, "--out"]
     assert plain(*flags, "--out", tmp_path / "one") == plain(*half, tmp_path / "half") == 0
@@ -396,7 +380,7 @@ def test_neither_accumulation_nor_two_processes_change_the_run(of, labelled, tmp
         results, gradients = ([f(tmp_path / name) for name in ("one", other)]
                               for f in (json_of, gradients_of))
         assert results[0] == results[1] and results[0]["images"] == 13
-        assert torch.allclose(*gradients, atol=1e-6, rtol=1e-3)
+        assert torch.allclose(*gradients, atol=1e-9, rtol=1e-3)  # most are below 1e-6
 
 
 @pytest.mark.parametrize("name, step, code", [

@@ -6,10 +6,7 @@ import torch.nn.functional as F
 
 import degrade
 import losses as L
-
-
-def picture(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+from conftest import picture
 
 
 def area(images, size):

@@ -1,5 +1,4 @@
 """The trainer: data, randomness by (seed, step), the run, resuming, processes, and each fault."""
-import json
 import math
 import os
 import re
@@ -20,8 +19,8 @@ import degrade
 import losses
 import models
 import pretrain as P
-from conftest import (ONE, TINY, checkpoint_of, equal, gradients_of, loaded, log_of, losses_of,
-                      script, together, weights_of)
+from conftest import (ONE, TINY, checkpoint_of, equal, gradients_of, json_of, loaded, log_of,
+                      losses_of, script, spoil, together, weights_of)
 
 CPU = torch.device("cpu")
 RESNET = "--model resnet18 --img_size 32 --patch_size 8"
@@ -82,7 +81,7 @@ def stop(number=signal.SIGTERM):
 
 
 def config_of(out):
-    config = json.loads((out / "config.json").read_text())
+    config = json_of(out, "config")
     return {**config, **config["settings"]}
 
 
@@ -252,11 +251,12 @@ def test_torchvisions_sets_by_name(name, shape, split, done, monkeypatch):
     assert weights["patch_embed.proj.weight"].shape[1] == data.channels
 
 
-def test_learning_rate_warms_up_and_follows_half_a_cosine():
-    lr = [P.learning_rate(step, 110, 10, 2.0) for step in range(110)]
-    assert lr[:11] == pytest.approx([0.2 * (i + 1) for i in range(10)] + [2.0])
-    assert lr[60] == pytest.approx(1.0)
-    assert 0 < lr[109] < 1e-3
+@pytest.mark.parametrize("schedule, falls", [
+    ("cosine", lambda x: 1 + math.cos(math.pi * x)), ("linear", lambda x: 2 - 2 * x)])
+def test_learning_rate_warms_up_and_falls_to_zero(schedule, falls):
+    lr = [P.learning_rate(step, 110, 10, 2.0, schedule) for step in range(110)]
+    want = [0.2 * (i + 1) for i in range(10)] + [falls(i / 100) for i in range(100)]
+    assert lr == pytest.approx(want)
 
 
 def test_no_weight_decay_on_biases_norms_tokens_positions():
@@ -738,7 +738,7 @@ def test_a_folder_of_unreadable_images(bad, code, refused, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "data/train")
     shutil.copytree(folder, tmp_path / "data/val")
     for image in (tmp_path / "data" / bad).rglob("*.png"):
-        image.write_text("no picture")
+        spoil(image)
     assert "be read" in refused("--workers 1", code=code, data=tmp_path / "data")
 
 

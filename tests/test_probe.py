@@ -1,7 +1,6 @@
 """Probes of a frozen encoder (BM 5; A2 5.2): by hand, and the command run small."""
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import equal, json_of
+from conftest import command, equal, json_of, spoil
 
 RESNET = "--model resnet18 --img_size 32 --patch_size 8".split()
 
@@ -152,7 +151,7 @@ def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch)
     assert of(finetune, "--steps", 1, "--pool", "mean", "--test_crop", 0.5)[0] == 0
     calls = spy(monkeypatch, probe, "knn")
     argv = ["--weights", tmp_path / "run", "--out", tmp_path / "probe", "--amp", "off"]
-    assert pretrain.command(probe.main, [str(x) for x in argv]) == 0
+    assert command(probe, *argv) == 0
     paths = sorted((labelled / "val").rglob("*.png"))
     images = torch.stack([degrade.read_image(path) for path in paths])
     views = F.interpolate(images[:, :, 5:15, 7:17], (16, 16), mode="bicubic", antialias=True)
@@ -177,17 +176,14 @@ def test_a_resnet_is_probed_at_the_size_it_was_measured_at(tmp_path):
         assert args.out == Path(f"runs/probe-{tmp_path.name}-{tmp_path.name}")
 
 
-def test_unreadable_images_are_left_out_with_their_labels(of, labelled, tmp_path, monkeypatch):
+def test_unreadable_images_are_left_out_with_their_labels(of, data, tmp_path, monkeypatch):
     """Up to 1% of them, and more stop."""
-    data = Path(shutil.copytree(labelled, tmp_path / "data"))
-    for i in range(150):
-        shutil.copy(data / "train/class0/00.png", data / f"train/class0/more{i}.png")
-    (data / "train/class0/00.png").write_bytes(b"no picture")
+    spoil(data / "train/class0/00.png", copies=150)
     calls = spy(monkeypatch, probe, "knn")
     code, _, complaint = of(probe, "--blocks", 2, "--epochs", 1, data=data)
     assert code == 0 and complaint.count("skipped") == 1 and "00.png" in complaint
     assert calls[0][1].bincount().tolist() == [161, 12, 12] and len(calls[0][0]) == 185
-    (data / "train/class0/more0.png").write_bytes(b"no picture")
+    spoil(data / "train/class0/more0.png")
     code, _, complaint = of(probe, data=data, out=tmp_path / "other")
     assert code == 1 and "2 of 186 images cannot be read" in complaint
 

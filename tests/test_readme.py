@@ -18,7 +18,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import ROOT, TINY, free_port, log_of, small_run
+from conftest import ROOT, TINY, free_port, json_of, log_of, small_run, views
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -149,13 +149,15 @@ def test_the_commands_of_the_figures(few_shapes, tmp_path):
 
 
 def test_the_commands_for_images_of_ones_own(labelled, tmp_path, run):
-    """Both measure the run that the first leaves, by its own configuration."""
+    """Two measure the run that the first leaves, by its own configuration, one random weights."""
     assert run("--task", "mask", "--steps", 1, data=labelled, out=tmp_path / "own")[0] == 0
-    for name, less in ("probe", []), ("finetune", ["--labels", 2, "--steps", 2]):
-        command = the(f"{name}.py --weights runs/mask-vit_micro-photos")
-        command = re.sub(r"runs/\S+", str(tmp_path / "own"), command)
-        assert here(command, *less, "--out", tmp_path / name) == 0
-        assert json.loads((tmp_path / name / "result.json").read_text())["images"] == 13
+    texts = "probe.py --weights runs/mask", "finetune.py --weights runs/mask", "none --data photos"
+    for i, text in enumerate(texts):
+        less = ["--labels", 2, "--steps", 2] if "finetune" in text else []
+        command = re.sub(r"runs/\S+", str(tmp_path / "own"), the(text))
+        command = command.replace("photos", str(labelled))
+        assert here(command, *less, "--out", tmp_path / str(i)) == 0
+        assert json_of(tmp_path / str(i))["images"] == 13
 
 
 def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
@@ -170,8 +172,7 @@ def test_the_commands_that_fine_tune_on_a_folder(labelled, tmp_path, run):
         command = command.replace("/path/to/imagenet", str(labelled))
         more = [*more, "--batch_size", 8, "--steps", 1, "--img_size", size]
         assert here(command, *more, "--out", tmp_path / f"fine-{model}") == 0
-        result = json.loads((tmp_path / f"fine-{model}/result.json").read_text())
-        assert result["images"] == 13
+        assert json_of(tmp_path / f"fine-{model}")["images"] == 13
 
 
 @pytest.mark.slow
@@ -183,15 +184,12 @@ def test_the_command_that_measures_torchvisions_weights(labelled, tmp_path):
     command = the("--eval").replace("resnet50.pth", str(tmp_path / "resnet50.pth"))
     command = command.replace("/path/to/imagenet", str(labelled))
     assert here(command, "--amp", "off", "--out", tmp_path / "eval") == 0
-    val = pretrain.FolderSet(str(labelled / "val"), labelled=True)
-    size, cpu = (224, 224), torch.device("cpu")
-    views, labels = next(val.plain(torch.arange(13), 13, size, cpu, crop=0.875))
+    view, labels = views(labelled, (224, 224), crop=0.875)
     normal = torchvision.transforms.functional.normalize(
-        views, models.IMAGENET_MEAN, models.IMAGENET_STD)
+        view, models.IMAGENET_MEAN, models.IMAGENET_STD)
     with torch.no_grad():
         right = (theirs(normal).argmax(1) == labels).sum()
-    result = json.loads((tmp_path / "eval/result.json").read_text())
-    assert result["top1"] == round(100 * int(right) / 13, 2)
+    assert json_of(tmp_path / "eval")["top1"] == round(100 * int(right) / 13, 2)
 
 
 def test_the_tables_of_results_are_what_the_runs_found():
@@ -233,7 +231,7 @@ def test_the_export_command_and_the_encoder_in_three_lines(tmp_path):
 
 def test_every_option_named_is_an_option_and_every_setting_is_named(monkeypatch):
     known = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--export",
-             "--strength", "--help", "--download"}
+             "--strength"}
     add = pretrain.Parser.add_argument
     monkeypatch.setattr(pretrain.Parser, "add_argument",
                         lambda p, *names, **more: known.update(names) or add(p, *names, **more))
@@ -247,7 +245,7 @@ def test_every_option_named_is_an_option_and_every_setting_is_named(monkeypatch)
     claims.options([])
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", README))
     assert named <= known | settings, named - known - settings
-    assert settings - {"--zoom_out"} <= named
+    assert settings <= named, settings - named
 
 
 def test_the_table_of_tasks_is_degrades():
@@ -273,6 +271,7 @@ def test_the_task_added_in_the_readme_trains(folder, tmp_path, monkeypatch, caps
     command = re.search(r"`(python pretrain.py --task negative[^`]*)`", README)[1]
     assert here(command, *TINY, "--data", folder, "--out", tmp_path / "run") == 0
     assert "strength 0.5" in " ".join(capsys.readouterr().out.split())
+    assert len(log_of(tmp_path / "run")) == 6
 
 
 def test_pictures_are_there_and_files_have_their_sizes():
