@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -368,7 +369,7 @@ def classifier(run, val, process, amp):
         kind = f"a linear layer on its frozen features, fitted to {len(labels):,} images"
 
     def classify(images):
-        with torch.autocast(process.device.type, amp, enabled=amp is not None):
+        with amp():
             scores = model(images).float()
         check(scores.isfinite().all(), f"{run.label}: the scores are not finite: try --amp off")
         return scores
@@ -429,7 +430,7 @@ def of_maps(run, data, rows, process, value):
     model = probe.load_model(run, run.held, data.channels, process)
     amp, found = precision(run, process.device), []
     for view, _, _ in shown(run, data, rows, 64, process):
-        with torch.autocast(process.device.type, amp, enabled=amp is not None):
+        with amp():
             found.append([x.cpu() for x in feature_maps(model, view, value)])
     layers = [torch.cat(parts).double() for parts in zip(*found)]  # (n, values)
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
@@ -534,7 +535,7 @@ def interact(run, data, rows, process):
     check(run.contexts > 1, "--contexts 1: one set has no standard error")
     # a difference of four scores: bf16 and TF32 round it away
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    amp = None if run.amp == "auto" else precision(run, process.device)
+    amp = nullcontext if run.amp == "auto" else precision(run, process.device)
     classify, kind = classifier(run, data, process, amp)
     base, parts = mean_colour(data, run, process), []
     orders = sorted({round(r * (n - 2)) for r in RATIOS})

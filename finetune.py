@@ -69,7 +69,7 @@ def main(argv=None):
     # its optimiser, and where the run stands
     groups = parameter_groups(model, args.weight_decay, layer_scale(model, args.layer_decay))
     optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.peak_lr, betas=tuple(args.betas))
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = pretrain.begin(args, process, state)
     # `model` itself, which is measured on other sizes, is not compiled
@@ -114,7 +114,7 @@ def main(argv=None):
                 view, labels = mix(view, labels, args.mixup, args.cutmix,
                                    np.random.default_rng((args.seed, MIX, step)))
             with net.no_sync() if process.world > 1 and a < args.accum - 1 else nullcontext():
-                with torch.autocast(device.type, amp, enabled=amp is not None):
+                with amp():
                     scores = net(view, drop, *more)
                 micro_loss = LOSSES[args.head](scores, labels, args) / args.accum
                 scaler.scale(micro_loss).backward()
@@ -877,7 +877,7 @@ def classes_of(model, images, args, device, amp):
     at --img_size.
     """
     view = models.to_short_side(images[:, :3], min(args.img_size)).to(device).float() / 255
-    with torch.autocast(device.type, amp, enabled=amp is not None):
+    with amp():
         scores = model(view).float()
     scores = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
     return scores.argmax(1).cpu()
@@ -904,7 +904,7 @@ def evaluate_boxes(model, data, args, process, amp):
 
 def objects_of(model, image, device, amp):
     """What is found in an image (3, H, W) uint8: boxes, labels, scores, masks (n, H, W) bool."""
-    with torch.autocast(device.type, amp, enabled=amp is not None):
+    with amp():
         found = model([image.to(device).float() / 255])[0]
     found["masks"] = found["masks"][:, 0] > 0.5
     return {name: x.cpu() for name, x in found.items()}
@@ -1045,7 +1045,7 @@ def evaluate(model, data, args, process, amp):
     rows, first, fifth, seen = torch.arange(len(data))[process.rank::process.world], 0, 0, 0
     model.eval()
     for views, labels in data.plain(rows, 256, size, process.device, args.workers, args.test_crop):
-        with torch.autocast(process.device.type, amp, enabled=amp is not None):
+        with amp():
             scores = model(views).float()
         hit = scores.topk(min(5, len(data.classes))).indices == labels[:, None]
         first, fifth = first + hit[:, 0].sum().item(), fifth + hit.sum().item()

@@ -79,7 +79,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), args.peak_lr,
                                   betas=tuple(args.betas), fused=True)
     amp = precision(args, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # where the run stands
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
@@ -112,7 +112,7 @@ def main(argv=None):
             with net.no_sync() if process.world > 1 and a < args.accum - 1 else nullcontext():
                 d = degrade.degrade(view, args.task, size, p, seeded(args.seed, DAMAGE, step),
                                     within=(row, args.batch_size), **args.settings)
-                with torch.autocast(device.type, amp, enabled=amp is not None):
+                with amp():
                     prediction = net(d.inputs, d.hidden)  # (k, N, p p C)
                 micro_loss = loss_function(model, prediction, d, args) / args.accum
                 scaler.scale(micro_loss).backward()
@@ -545,15 +545,20 @@ def on_rank_0(write, process, kind=Failed, said="cannot write, what was there be
         raise kind("" if process.rank else trouble)
 
 
+PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
+
+
 def precision(args, device):
-    """--amp as torch.autocast's dtype, None: float32. auto becomes what the hardware is fast at."""
-    kinds = dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)
+    """--amp as `amp`: in `with amp():` is mixed precision. auto becomes what the hardware is fast
+    at.
+    """
     if args.amp == "auto" and device.type == "cuda":
         args.amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     elif args.amp == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         args.amp = "bf16" if device.type == "cpu" and fast else "off"
-    return kinds[args.amp]
+    kind = PRECISIONS[args.amp]
+    return functools.partial(torch.autocast, device.type, kind, enabled=args.amp != "off")
 
 
 def loss_of(model, prediction, d, args):
@@ -1253,7 +1258,7 @@ def recover(model, view, args, generator, amp, token=True):
     size, p, training = tuple(args.img_size), args.patch_size, model.training
     d = degrade.degrade(view, args.task, size, p, generator, **args.settings)
     model.eval()
-    with torch.autocast(view.device.type, amp, enabled=amp is not None):
+    with amp():
         prediction = model(d.inputs, d.hidden, **({} if token else dict(token=False)))
     model.train(training)
     picture = losses.recovered_picture(prediction, model.normalize(d.target), size, p,

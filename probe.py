@@ -116,7 +116,7 @@ def encode(model, data, rows, args, process, amp):
     """
     for views, labels in data.plain(rows, BATCH, args.img_size, process.device,
                                     workers=args.workers, crop=args.test_crop):
-        with torch.autocast(process.device.type, amp, enabled=amp is not None):
+        with amp():
             z = model.encode(views)
         yield model.pooled(z).float(), z if z.ndim == 3 else z.flatten(2).transpose(1, 2), labels
 
@@ -129,9 +129,10 @@ def all_features(model, data, args, process, amp, blocks=False):
     features = torch.empty(n, model.dim, device=process.device)
     found = encode(model, data, torch.arange(n), args, process, amp)
     for z, t, y in tqdm(found, "features", math.ceil(n / BATCH), leave=False):
-        kind = amp or torch.float32
-        if not at and blocks and n * t[0].numel() * kind.itemsize <= STORE:
-            tokens = torch.empty(n, *t.shape[1:], dtype=kind, device=process.device)
+        if not at and blocks:
+            kind = pretrain.PRECISIONS[args.amp]
+            if n * t[0].numel() * kind.itemsize <= STORE:
+                tokens = torch.empty(n, *t.shape[1:], dtype=kind, device=process.device)
         rows = slice(at, at + len(z))
         features[rows] = z
         if tokens is not None:
@@ -244,7 +245,7 @@ def blocks_probe(model, data, val, train, test, args, process, amp):
     pooled = slice(1) if vit and args.pool == "cls" else slice(int(vit), None)
     probe = BlocksProbe(model.dim, heads, args.blocks, len(data.classes), pooled).to(device)
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(probe, 0.05), lr=1e-3, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     def batches(images, found, epoch=None):
         _, labels, tokens = found
@@ -257,7 +258,7 @@ def blocks_probe(model, data, val, train, test, args, process, amp):
         return ((tokens[index], labels[index]) for index in rows.to(device).split(BATCH))
 
     def scores_of(tokens):
-        with torch.autocast(device.type, amp, enabled=amp is not None):
+        with amp():
             return probe(tokens.float()).float()
 
     total = args.epochs * math.ceil(len(data) / BATCH)

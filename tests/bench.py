@@ -38,7 +38,8 @@ import pretrain
 
 process = pretrain.set_up("cuda" if torch.cuda.is_available() else "cpu")
 device, figures, asked = process.device, {}, pretrain.options([])
-amp = pretrain.precision(asked, device)  # a dtype; asked.amp is its name
+amp = pretrain.precision(asked, device)
+dtype = pretrain.PRECISIONS[asked.amp]
 
 
 def seconds(work, n=10 if device.type == "cuda" else 1):
@@ -84,7 +85,7 @@ def products(dtype):
 
 def compare(label, ours, what, other, repeat):
     """A step of shape[0] images, `flop` each, another step, and the peak, in turn."""
-    peak, one, two = zip(*in_turn(repeat, products(amp or torch.float32), ours, other))
+    peak, one, two = zip(*in_turn(repeat, products(dtype), ours, other))
     report(f"{label}: peak {asked.amp}", [10 * SIDE ** 3 / 1e9 / s for s in peak], "GFLOP/s")
     report_speed(label, ours.shape[0], one, f"{ours.flop / 1e9:.2f} GFLOPs an image")
     share = ours.flop * ours.shape[0] / (10 * SIDE ** 3)
@@ -108,10 +109,6 @@ def flops(model, *inputs):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return counter.get_total_flops() / len(inputs[0])
-
-
-def autocast(dtype=amp):
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def training_step(model, args, loss, view, forward, kind="adamw", decay=1):
@@ -146,7 +143,7 @@ def make_step(flags, to_device=models.to_device):
 
     def loss():
         d = damaged(view)
-        with autocast():
+        with amp():
             prediction = net(d.inputs, d.hidden)
         return loss_function(model, prediction, d, args)
     forward = flops(model, *damaged(view[:2])[:2])
@@ -194,12 +191,12 @@ def finetune_():
         def loss():
             images, targets = finetune.mix(view, labels, args.mixup, args.cutmix,
                                            np.random.default_rng(0))
-            with autocast():
+            with amp():
                 scores = model(images, drop.to(device) if args.drop_path else None)
             return finetune.class_loss(scores, targets, args)
 
         def features():
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), amp():
                 model.pooled(model.encode(view))
         step = training_step(model, args, loss, view, flops(model, view[:2]), args.optimizer,
                              args.layer_decay)
@@ -232,12 +229,12 @@ def dense():
             more = [[truth] * n]
 
         def loss():
-            with autocast():
+            with amp():
                 scores = model(view, None, *more)
             return finetune.LOSSES[head](scores, labels, args)
 
         def maps():
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), amp():
                 encoder.maps(view)
         step = training_step(model, args, loss, view, flops(model, view, None, *more),
                              args.optimizer, args.layer_decay)
@@ -258,14 +255,14 @@ def analyze_():
         orders = [0, players // 2, players - 2]
 
         def interactions(at_once=pairs, groups=(orders,)):
-            with autocast():
+            with amp():
                 f = analyze.game(model, views[:1], label_of, p, views[0, :, 0, 0])
                 for some in near[:pairs].split(at_once):
                     for few in groups:
                         analyze.interactions(f, players, some, few, contexts, pretrain.seeded(0))
 
         def maps(look=analyze.log_amplitude):
-            with autocast():
+            with amp():
                 analyze.feature_maps(model, views, look)
         interactions.flop = maps.flop = flops(model, views)
         interactions.shape = [pairs * 4 * (2 + contexts)]  # two orders have one context
@@ -286,7 +283,7 @@ def memory():
             models.Convolution(C, out, k, stride), torch.nn.Conv2d(C, out, k, stride, k // 2))]
 
         def passes(layer):
-            with autocast():
+            with amp():
                 y = layer(x.contiguous(memory_format=torch.channels_last))
             y.sum().backward()
         label = f"{k}x{k}, stride {stride}, {C} -> {out}, of {B} maps of {side} x {side}"
@@ -371,7 +368,7 @@ def attention():
         return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
     for shape in ("256 4 17 32", "256 2 65 32", "8 12 50 64", "32 12 50 64", "128 12 50 64",
                   "8 6 197 64", "32 6 197 64", "64 6 197 64", "64 12 197 64"):
-        q = torch.randn(3, *map(int, shape.split()), device=device, dtype=amp, requires_grad=True)
+        q = torch.randn(3, *map(int, shape.split()), device=device, dtype=dtype, requires_grad=True)
         both = (lambda f=f: f(*q).sum().backward()
                 for f in (written, F.scaled_dot_product_attention))
         report_ratio(f"attention {shape.replace(' ', ' x ')}: fused / written, time",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -464,7 +465,7 @@ def test_recover_is_the_models_own_prediction_and_changes_nothing(argv, folder):
     for training in (True, False):
         model.train(training)
         held = {name: x.clone() for name, x in model.state_dict().items()}
-        d, prediction, _ = P.recover(model, view, args, P.seeded(0), None)
+        d, prediction, _ = P.recover(model, view, args, P.seeded(0), nullcontext)
         assert model.training == training
         assert equal(model.state_dict(), held)
     assert torch.equal(prediction, model(d.inputs, d.hidden))
