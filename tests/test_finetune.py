@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_what_is_measured_by_hand():
     images = memory(F.pad(images, [2] * 4, value=255), [0, 0, 1, 4, 5], range(8))
     args = SimpleNamespace(img_size=[4, 4], test_size=6, test_crop=0.5, workers=0)
     model = Brightness()
-    found = finetune.evaluate(model, images, args, ONE, None)
+    found = finetune.evaluate(model, images, args, ONE, nullcontext)
     assert found == dict(top1=60, top5=80, images=5)
     assert model.size == (6, 6) and model.training
 
