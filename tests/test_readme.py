@@ -208,9 +208,10 @@ def test_the_tables_of_results_are_what_the_runs_found():
             f"not, {cannot} cannot be told, {few} of too few seeds.") in " ".join(README.split())
     for stem, found in results.items():
         name, _, network = stem.partition("-")
-        dense = name == "scenes"
-        table = claims.dense_table(found, network) if dense else claims.table(found, name)
-        assert table in page, stem
+        if name != "scenes":
+            assert claims.table(found, name) in page, stem
+        if any("miou" in result for result in found.values()):
+            assert claims.dense_table(found, network) in page, stem
 
 
 def test_the_export_command_and_the_encoder_in_three_lines(tmp_path):
