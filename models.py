@@ -548,7 +548,7 @@ class MaskToken:
             return F.pad(hidden, (1, 0))[:, :, None].to(z.dtype)  # never the cls token
         mask = hidden.view(-1, 1, *self.grid).float()
         pixels = F.interpolate(mask, scale_factor=self.patch_size)  # (B, 1, H, W)
-        return F.adaptive_avg_pool2d(pixels, z.shape[2:]).to(z.dtype)
+        return F.avg_pool2d(pixels, pixels.shape[2] // z.shape[2]).to(z.dtype)
 
     def inject(self, z, mask):
         """The token into features z where `mask`, D(M), says."""

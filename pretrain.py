@@ -549,8 +549,8 @@ PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 
 
 def precision(args, device):
-    """What begins torch.autocast, in `with amp():`, at the precision of --amp. auto becomes what the
-    hardware is fast at.
+    """What begins torch.autocast, in `with amp():`, at the precision of --amp. auto becomes what
+    the hardware is fast at.
     """
     if args.amp == "auto" and device.type == "cuda":
         args.amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"

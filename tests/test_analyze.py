@@ -237,7 +237,8 @@ def test_occlusion(do, made):
     found = do("occlusion tuned resnet none --repeats 2")[2]
     argv = f"--weights {made}/tuned --eval --workers 0 --amp off --out {made}/eval".split()
     assert command(finetune, *argv) == 0
-    run, top1 = found["tuned"], json_of(made / "eval")["top1"]
+    top1 = json_of(made / "eval")["top1"]
+    run = found["tuned"]
     assert run["classifier"] == "its own classifier" and run["mean"][0] == approx(top1, abs=0.01)
     assert run["dropped"] == [n / 16 for n in (0, 1, 2, 4, 5, 7, 8, 10, 12, 13, 15, 15)]
     assert found["none"]["classifier"].endswith("fitted to 36 images")
@@ -407,7 +408,8 @@ def test_a_claim_is_judged_by_its_rule():
 def test_every_arm_of_a_claim_is_another_command_that_is_taken(tmp_path):
     """And a claim is tried on sets that are there, by a measure that is there."""
     args, seen = claims.options(["--out", str(tmp_path), "--seeds", "1"]), set()
-    data, others = loaded("shapes"), {"finetune.py": finetune, "probe.py": probe, "analyze.py": A}
+    data = loaded("shapes")
+    others = {"finetune.py": finetune, "probe.py": probe, "analyze.py": A}
     for name, arm, seed in claims.encoders(args):
         for job in claims.jobs(args, name, arm, seed):
             script, *argv = ["none" if x.startswith(str(tmp_path)) else x for x in job.argv]

@@ -227,7 +227,9 @@ def test_every_task_takes_any_shape(task, channels, size):
     ("distort", None, "twist", (0.20, 0.25)),
     ("blur", None, "blur_kernel", 9),
     ("decolor", None, "saturation", 0.3),
+    ("zoom_in_mask", 147, "view_size", 320),
     ("zoom_in_mask", 147, "mask_ratio", 0.75),
+    ("simmim", 120, "fill", "token"),
     ("simmim", 120, "mask_unit", 2),
     ("a2mim", 120, "fill", "mean"),
 ])

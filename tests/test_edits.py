@@ -1,7 +1,7 @@
 """What people change first: each edit is made on a copy of the files and trains three steps.
 
 An edit is a list of (file, before or after which line, the line's beginning, new lines). Nothing
-else has to be touched. A task is README's own (test_readme.py), a mask is in test_degrade.py.
+else has to be touched.
 """
 import importlib
 import sys
@@ -12,6 +12,18 @@ import torch
 import pretrain
 from conftest import ROOT, TINY, log_of
 
+TASK = [("degrade.py", "before", "# --- The table of tasks ---", '''
+def shuffle(images, patch_size, share=0.5, turned=False, generator=None, within=None):
+    """A share of the patches is put in another order: (B, C, H, W)."""
+    p, (B, C, H, W) = patch_size, images.shape
+    patches = F.unfold(images.flip(3) if turned else images, p, stride=p)  # (B, C p p, N)
+    u = random_numbers(B, patches.shape[2], generator=generator, within=within).to(images.device)
+    moved = (u < share).float() * (1 + u)
+    return F.fold(patches.gather(2, moved.argsort(1)[:, None].expand_as(patches)), (H, W), p,
+                  stride=p)
+'''), ("degrade.py", "before", '    "zoom_out": Task(', '''
+    "shuffle": Task(shuffle),
+''')]
 LOSS = [("losses.py", "after", '    "l1": torch.abs', '''
     "charbonnier": lambda error: (error.square() + 1e-6).sqrt(),
 ''')]
@@ -20,6 +32,14 @@ AVERAGE = [("pretrain.py", "before", "    start, recent = begin(", '''
     state["average"] = average
 '''), ("pretrain.py", "after", "        optimizer.zero_grad()", '''
         average.update_parameters(model)
+''')]
+MASK = [("degrade.py", "before", "# A mask function is given what", '''
+def dark_mask(images, patch_size, ratio):
+    """The darkest patches are hidden: (B, N) bool."""
+    grey = F.avg_pool2d(images.mean(1, keepdim=True), patch_size).flatten(1)
+    return grey.argsort(1).argsort(1) < round(ratio * grey.shape[1])
+'''), ("degrade.py", "before", "def patch_pixels(", '''
+MASKS["dark"] = dark_mask
 ''')]
 TENSORS = [("pretrain.py", "before", '    if data in BUILT_IN or data in SETS:', '''
     if data.endswith(".pt"):
@@ -67,16 +87,18 @@ class ConvNeXt(Encoder):
     "convnext": Network(ConvNeXt, dict(depths=(1, 1, 2, 1), widths=(32, 64, 128, 256)), 4, 3),
 ''')]
 
-EDITS = {"loss": (LOSS, "--loss charbonnier"),
+EDITS = {"task": (TASK, "--task shuffle --share 0.75 --turned False"),
+         "loss": (LOSS, "--loss charbonnier"),
          "average": (AVERAGE, ""),
+         "mask": (MASK, "--task mask --mask_kind dark --mask_ratio 0.5"),
          "tensors": (TENSORS, "--data {}/set.pt"),
          "network": (NETWORK, "--task a2mim --model convnext --img_size 32 --patch_size 8")}
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capfd):
-    """train(name, *options): three steps of pretrain.py with the edit."""
-    def go(name, *more):
+    """train(name, *options) -> the log of three steps of pretrain.py with the edit, in a folder."""
+    def go(name, *more, out="run"):
         changes, flags = EDITS[name]
         texts = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
         for file, where, beginning, new in changes:
@@ -92,18 +114,25 @@ def train(tmp_path, monkeypatch, capfd):
         assert edited.__file__ == str(tmp_path / "pretrain.py")
         monkeypatch.setattr(edited, "cores", lambda: 1)
         argv = ["--model", "vit_micro", *TINY[2:], *flags.format(tmp_path).split(), "--steps", 3,
-                "--out", tmp_path / "run", *more]
+                "--out", tmp_path / out, *more]
         assert edited.command(edited.main, [*map(str, argv)]) == 0, capfd.readouterr()
-        log = log_of(tmp_path / "run")
+        log = log_of(tmp_path / out)
         assert len(log) == 3 and all(line["grad_norm"] > 0 for line in log)
+        return log
     return go
 
 
-@pytest.mark.parametrize("name", ["loss", "tensors", "network"])
+@pytest.mark.parametrize("name", ["task", "mask", "tensors", "network"])
 def test_an_edit_trains(name, train, tmp_path):
     images = torch.randint(256, (20, 3, 20, 20), generator=torch.Generator().manual_seed(0))
     torch.save(images.byte(), tmp_path / "set.pt")
     train(name)
+
+
+def test_a_new_loss_is_the_loss_of_the_default_task(train):
+    """Charbonnier is above L1 by less than its constant, and is not L1."""
+    ours, l1 = train("loss")[0]["loss"], train("loss", "--loss", "l1", out="b")[0]["loss"]
+    assert 0 < ours - l1 < 1e-3
 
 
 def test_float_tensors_are_refused():

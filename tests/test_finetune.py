@@ -138,6 +138,15 @@ def test_a_box_of_cutmix_by_hand(place, rows, columns):
     assert targets[0, 1].item() == pytest.approx(box.mean().item())
 
 
+def test_mixing_does_not_depend_on_how_a_batch_is_split():
+    images, targets = torch.rand(8, 3, 6, 6), torch.eye(8)
+    for step in range(4):
+        whole, *parts = ([finetune.mix(i, t, 0.8, 1.0, np.random.default_rng(step))
+                          for i, t in zip(images.split(k), targets.split(k))] for k in (8, 2, 4))
+        for part in parts:
+            assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole[0], zip(*part)))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rand_augment_depends_on_its_generator_alone(channels):
     image, before = (torch.rand(channels, 20, 24) * 255).byte(), torch.get_rng_state()

@@ -269,10 +269,10 @@ def test_prefixes_are_taken_off(name, prefix):
     ("vit_micro", ["patch_embed.proj.weight", "cls_token", "pos_embed", "norm.bias"]),
     ("resnet18", ["conv1.weight", "bn1.running_mean", "layer4.1.bn2.bias"])])
 def test_what_is_not_the_backbone_is_refused(name, parts):
-    """A part is missing, has another shape, or is left over."""
+    """A part is missing, has another shape, or is left over; or there is no state dict."""
     model = M.encoder(name, 32, 8)
     state = model.state_dict()
-    wrong = [{}, state | {"blocks.0.gamma": torch.ones(3)}]
+    wrong = [{0: torch.ones(3)}, {}, state | {"blocks.0.gamma": torch.ones(3)}]
     for part in parts:
         wrong += [state | {part: torch.ones(3, 5)}, state | {part: None}]
     for source in wrong:
