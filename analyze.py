@@ -355,22 +355,22 @@ def classifier(run, val, process, amp):
     known = run.classes in (None, val.classes)
     if known and len(held.get(f"{name}.weight", ())) == classes:
         model = probe.load_model(run, run.held, val.channels, process, classes)
-        kind = "its own classifier"
+        kind, head = "its own classifier", nn.Identity()
     else:
-        encoder = probe.load_model(run, run.held, val.channels, process)
+        model = probe.load_model(run, run.held, val.channels, process)
         train = load_data(run, process, "train", labelled=True)
         check(train.classes == val.classes, f"{run.data}: train and val have other classes")
         train = train.keep(choose_images(train, FIT, run.seed))
-        features, labels, _ = probe.all_features(encoder, train, run, process, amp)
+        features, labels, _ = probe.all_features(model, train, run, process, amp)
         with torch.inference_mode(False), torch.enable_grad():
-            head = probe.linear_probe(features.clone(), labels.clone(), classes, encoder.tokens,
+            head = probe.linear_probe(features.clone(), labels.clone(), classes, model.tokens,
                                       run.seed)
-        model = nn.Sequential(encoder, head)
         kind = f"a linear layer on its frozen features, fitted to {len(labels):,} images"
 
     def classify(images):
         with amp():
-            scores = model(images).float()
+            scores = model(images)
+        scores = head(scores.float())
         check(scores.isfinite().all(), f"{run.label}: the scores are not finite: try --amp off")
         return scores
     return classify, kind
@@ -596,7 +596,8 @@ def reconstruct(run, data, rows, process):
     amp, size, p = precision(run, process.device), tuple(c.img_size), c.patch_size
     inside = c.token_at not in ("decoder", "none")  # there is a token to leave out
     run.img_size, run.test_crop, sums, images = list(c.view), 1.0, np.zeros(3), 0
-    for view, _, first in shown(run, data, rows, 50, process):
+    chunk = 50 - (len(rows) % 50 == 1)  # zoom_out's patches of other images take two at least
+    for view, _, first in shown(run, data, rows, chunk, process):
         images += len(view)
         for i, token in enumerate((True, False)[:1 + inside]):
             d, prediction, picture = pretrain.recover(

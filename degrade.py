@@ -185,9 +185,10 @@ def crop_resize(images, box, size, cubic=False):
 
 
 def center_crop(images, size):
-    """The central size = (h, w) of (B, C, H, W)."""
+    """The central size = (h, w) of (B, C, H, W). ValueError where it is larger."""
     h, w = pair(size)
     top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], (h, w)))
+    check(min(top, left) >= 0, f"{h} x {w} pixels of {images.shape[2]} x {images.shape[3]}")
     return images[:, :, top:top + h, left:left + w]
 
 
@@ -512,8 +513,8 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
             **settings):
     """A view (B, C, V, V) in [0, 1] -> Degraded, by the row `task` of TASKS.
 
-    size: the input's S or (h, w), the view's by default. hidden (B, N) bool: a mask of one's own.
-    settings: as in task_settings(task).
+    size: the input's S or (h, w), the view's by default. hidden (B, N) bool: a mask of one's own,
+    of as many patches in every row. settings: as in task_settings(task).
     """
     values = task_settings(task)
     row = TASKS[task]
@@ -534,7 +535,10 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         hidden = call(MASKS[values["mask_kind"]], dict(
             given, images=inputs, batch=len(view), grid=tuple(side // patch_size for side in size),
             ratio=values["mask_ratio"], unit=values["mask_unit"]))
-        check(hidden[0].any(), f"mask ratio {values['mask_ratio']} hides none of the cells of "
+    if hidden is not None:
+        least, most = hidden.sum(1).aminmax()
+        check(least == most, f"a mask hides as many patches in every row, not {least} to {most}")
+        check(most, f"mask ratio {values['mask_ratio']} hides none of the cells of "
               f"{values['mask_unit']} patches a side: choose a larger one, or 0")
     there = None if hidden is None else moved(hidden, view.device)
     filled = hidden is not None and values["fill"] is not None
@@ -594,7 +598,7 @@ def paste_visible(recovered, d, p):
 
 def sheet(columns, titles, note="", side=128):
     """Columns of images (B, C, H, W) under titles, a row an image, as a Pillow picture. Of more
-    channels the first three are shown.
+    channels the first three are shown, of two the first.
     """
     from PIL import Image, ImageDraw  # comes with torchvision
     B, _, H, W = columns[0].shape
@@ -604,7 +608,7 @@ def sheet(columns, titles, note="", side=128):
     bottom = top + B * (side + gap)
     page = torch.ones(3, bottom + (top if note else 0), gap + len(columns) * (width + gap))
     for i, images in enumerate(columns):
-        images = images[:, :3].detach().float().cpu()
+        images = images[:, :3 if images.shape[1] > 2 else 1].detach().float().cpu()
         if H < side:
             images = F.interpolate(images, (side, width), mode="nearest-exact")
         for j, picture in enumerate(scaled(images, (side, width)).clamp(0, 1)):

@@ -995,23 +995,29 @@ def resize_grid(rows, old, new):
 
 def resize_positions(table, old, new):
     """Position embedding (1, 1 + N, D) of a grid of patches `old` -> of `new`."""
-    return torch.cat([table[:, :1].float(), resize_grid(table[0, 1:], old, new)[None]], dim=1)
+    return torch.cat([table[:, :1], resize_grid(table[0, 1:], old, new)[None].to(table)], dim=1)
 
 
 def resize_relative(table, old, new):
     """Relative position table (offsets + 3, heads) of a grid of patches `old` -> of `new`."""
     old, new = ([2 * n - 1 for n in grid] for grid in (old, new))
-    return torch.cat([resize_grid(table[:-3], old, new), table[-3:].float()])
+    return torch.cat([resize_grid(table[:-3], old, new).to(table), table[-3:]])
 
 
 def grid_of(state, weights, grid):
-    """The weights' patches: by the run's configuration, else a square, else the model's `grid`."""
-    config = state.get("config")
+    """The weights' patches: by the run's configuration, else those whose fixed positions they are,
+    else a square, else the model's `grid`.
+    """
+    config, table = state.get("config"), weights["pos_embed"]
     if config:
         return tuple(side // config["patch_size"] for side in config["img_size"])
-    if weights["pos_embed"].ndim != 3:
-        raise ValueError(f"pos_embed is {tuple(weights['pos_embed'].shape)}, not (1, 1 + N, D)")
-    count = weights["pos_embed"].shape[1] - 1
+    if table.ndim != 3:
+        raise ValueError(f"pos_embed is {tuple(table.shape)}, not (1, 1 + N, D)")
+    count = table.shape[1] - 1
+    for h in (h for h in range(1, count + 1) if count % h == 0 and table.shape[2] % 4 == 0):
+        if torch.allclose(table.float(), sincos_positions(table.shape[2], (h, count // h)),
+                          atol=0.01):
+            return h, count // h
     side = math.isqrt(count)
     if side * side == count:
         return side, side
@@ -1035,6 +1041,9 @@ def load_weights(model, source, head=True):
     for sign in [x for x in OTHERS if x not in own]:
         if any(f".{name}".endswith(f".{sign}") for name in names + left):
             raise ValueError(f"these weights are of {OTHERS[sign]}. There is no such model here")
+
+    if "base_encoder" in prefix and model.tokens and own["cls_token"].shape[2] == 384:
+        raise ValueError("MoCo-v3's ViT-S has 12 heads, vit_small 6: the ViT-B is the same in both")
 
     # what is no part of the backbone is taken where it fits; two decoders must be the same
     decoders = ["decoder_embed.weight" in x for x in (weights, own)]

@@ -20,7 +20,7 @@ import models
 import pretrain
 import probe
 from conftest import ONE, command, json_of, loaded, log_of, spoil, views
-from degrade import degrade, patch_pixels
+from degrade import degrade, patch_pixels, task_settings
 from pretrain import seeded
 
 
@@ -245,6 +245,18 @@ def test_occlusion(do, made):
     assert found["none"]["mean"][0] > 90  # the classes differ in brightness
 
 
+def test_a_linear_layer_is_in_float32(do, monkeypatch):
+    """As in probe.py, also where its encoder is not."""
+    def spied(classify, images, *more):
+        scores.append(classify(images))
+        return occlusion(classify, images, *more)
+
+    scores, occlusion = [], A.occlusion
+    monkeypatch.setattr(A, "occlusion", spied)
+    assert do("occlusion zoom --amp bf16 --repeats 1")[0] == 0
+    assert (scores[0] != scores[0].bfloat16()).any()
+
+
 def test_a_class_that_val_lacks_is_none_to_be_right_on(do, data):
     shutil.rmtree(data / "val/class0")
     for run, kind in (("tuned", "its own"), ("zoom", "a linear layer")):
@@ -311,6 +323,16 @@ def test_reconstruct_measures_the_loss(do, made, labelled, name):
     if name == "resnet":
         without = loss_of(model, view, c, token=False)
         assert run["mse_without_token"] == approx(without) and without != run["mse"]
+
+
+def test_no_image_is_left_alone_whose_patches_come_from_others(do, made, tmp_path):
+    """51 images are measured 49 and 2 at once."""
+    held = models.read_weights(made / "zoom")
+    settings = task_settings("zoom_out") | dict(zoom_fill="other")
+    held["config"].update(task="zoom_out", view=[16, 16], settings=settings)
+    torch.save(held, tmp_path / "other.pth")
+    found = do(f"reconstruct {tmp_path}/other.pth --data shapes --images 51")[2]
+    assert found["other.pth"]["images"] == 51
 
 
 def test_a_file_of_weights_alone_is_reconstructed(do, labelled, tmp_path):

@@ -55,7 +55,9 @@ def test_block_shows_and_hole_hides_one_region(kind, inside):
 
 
 def test_masks_of_ones_own(monkeypatch):
-    """A mask is a function that may look at the images; or it is given. zoom_in compares all."""
+    """A mask is a function that may look at the images; or it is given. zoom_in compares all. Every
+    row hides as many patches.
+    """
     def dark(images, ratio, patch_size):
         light = F.avg_pool2d(images.mean(1), patch_size).flatten(1)
         return light.argsort(1) < ratio * light.shape[1]
@@ -67,6 +69,9 @@ def test_masks_of_ones_own(monkeypatch):
     given = D.degrade(view, "a2mim", 32, 8, hidden=own)
     assert all(torch.equal(x, own) for x in (seen.hidden, given.hidden, given.counted))
     assert D.degrade(view, "zoom_in", 32, 8, hidden=own).counted is None
+    for wrong, says in ((own ^ torch.tensor([[False], [True]]), "4 to 12"), (own & False, "none")):
+        with pytest.raises(ValueError, match=says):
+            D.degrade(view, "mask", 32, 8, hidden=wrong)
 
 
 @pytest.mark.parametrize("fill, color", [("mean", [7.5, 23.5]), ("zero", [0.45, 0.45])])
@@ -217,7 +222,8 @@ def test_every_task_takes_any_shape(task, channels, size):
     assert torch.equal(view, before)
     assert d.inputs.shape == (4, channels, *size)
     height, width = 16 + 4 * (16 + 4), 8 + round(16 * size[1] / size[0])
-    assert D.sheet([d.inputs], [task]).size == (width, height)
+    for few in (1, 2, 5):
+        assert D.sheet([d.inputs[:, :few]], [task]).size == (width, height)
 
 
 @pytest.mark.parametrize("task, hides, name, value", [
@@ -315,6 +321,11 @@ def test_a_task_is_a_function_and_a_row(monkeypatch):
 def test_what_degrade_refuses(says, task, settings):
     with pytest.raises(ValueError, match=says):
         D.degrade(torch.zeros(1, 3, 32, 32), task, 32, 8, **settings)
+
+
+def test_a_view_is_no_smaller_than_the_input():
+    with pytest.raises(ValueError, match="40 x 40 pixels of 32 x 32"):
+        D.degrade(torch.zeros(1, 3, 32, 32), "zoom_in_mask", 40, 8)
 
 
 def test_what_is_seen_and_pasted_of_zoom_in_mask():

@@ -145,6 +145,8 @@ def test_vit_pools_the_cls_token_or_the_mean():
     x, cls, mean = picture(2, 3, 16, 16), vit(), vit(pool="mean")
     assert torch.equal(cls(x), cls.encode(x)[:, 0])
     assert close(mean(x), mean.encode(x)[:, 1:].mean(1))
+    half = cls.bfloat16()(picture(2, 3, 16, 24).bfloat16())  # of another size than its own
+    assert half.shape == (2, 128) and half.dtype == torch.bfloat16
 
 
 def test_drop_path_factors():
@@ -318,11 +320,24 @@ def test_positions_are_resized_from_their_grid():
 
 
 def test_positions_of_no_run_are_a_squares_or_the_models():
-    wide = vit((16, 24))
-    assert M.load_weights(wide, vit().state_dict()).resized == ["pos_embed"]
-    assert M.load_weights(wide, wide.state_dict()).resized == []
+    """Where they have been trained. The fixed ones tell their grid."""
+    def resized(size, old_size, trained):
+        state = vit(old_size).state_dict()
+        state["pos_embed"] += trained
+        return bool(M.load_weights(vit(size), state).resized)
+    assert resized((8, 32), (8, 32), 1) and not resized((16, 24), (16, 24), 1)
     with pytest.raises(ValueError, match="not of a square"):
-        M.load_weights(vit(), wide.state_dict())
+        resized((16, 16), (16, 24), 1)
+    assert not resized((8, 32), (8, 32), 0)
+    assert resized((8, 32), (16, 16), 0) and resized((16, 16), (16, 24), 0)
+
+
+def test_mocos_small_vit_has_other_heads():
+    """Its shapes are vit_small's."""
+    model = M.encoder("vit_small", 16, 8)
+    with pytest.raises(ValueError, match="12 heads"):
+        M.load_weights(model, {f"module.base_encoder.{k}": x for k, x in
+                               model.state_dict().items()})
 
 
 @pytest.mark.parametrize("name, at", [("vit_micro", "decoder"), ("vit_micro", 2), ("resnet18", 3)])
