@@ -339,7 +339,8 @@ def options(argv=None):
     if defaults["head"] == "detect":
         o("--neck", choices=["fpn"] if tokens else ["fpn", "c4"], help="a pyramid, or a ResNet's "
           "third stage alone, the fourth being the head of boxes and masks")
-        o("--sampled", type=positive_int, help="boxes of an image that the losses are of")
+        o("--sampled", type=positive_int, help="boxes of an image that the losses are of, a "
+          "quarter at most of objects")
     elif defaults["head"] == "segment":
         o("--auxiliary", type=not_negative, help="weight of the loss on the third map alone")
         o("--num_classes", type=positive_int, help="of a folder's annotations, at most 255")
@@ -434,7 +435,7 @@ class AnnotatedSet(pretrain.FolderSet):
     def upright(self, index):
         """An image (3, H, W) uint8 of a folder."""
         with Image.open(self.path(index)) as picture:
-            if picture.getexif().get(0x0112, 1) != 1:
+            if picture.getexif().get(0x0112) in range(2, 9):
                 raise ValueError("EXIF turns it, perhaps not its annotation: save it without EXIF")
         return super().read(index)
 

@@ -196,8 +196,8 @@ class Attention(nn.Module):
         if index is not None:
             table = self.relative_position_bias_table
             table = table if grids is None else resize_relative(table, *grids)
-            bias = F.embedding(index, table.to(q.dtype))
-            bias = bias.permute(0, 3, 1, 2).contiguous()  # (B or 1, heads, N, N)
+            bias = F.embedding(index, table)  # in float32: a row's gradient has thousands of terms
+            bias = bias.to(q.dtype).permute(0, 3, 1, 2).contiguous()  # (B or 1, heads, N, N)
         x = attend(q, k, v, bias)  # (B, heads, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -687,10 +687,12 @@ class Neck(nn.Module):
         return {name: z.float() for name, z in maps.items()}
 
 
-def to_short_side(images, short, longest=math.inf):
-    """(B, C, H, W) with their short side as given, or their long side, where that is reached."""
+def to_short_side(images, short, longest=None):
+    """(B, C, H, W) with their short side as given, or their long side, where that is reached. It is
+    four times the short one by default, as 2048 and 512 in the codes for ADE20K.
+    """
     H, W = images.shape[2:]
-    by = min(short / min(H, W), longest / max(H, W))
+    by = min(short / min(H, W), (longest or 4 * short) / max(H, W))
     size = [max(1, round(side * by)) for side in (H, W)]
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 

@@ -222,6 +222,20 @@ def test_relative_positions_are_zero_at_first():
         [11, 9, 9, 9, 9], [10, 4, 3, 1, 0], [10, 5, 4, 2, 1], [10, 7, 6, 4, 3], [10, 8, 7, 5, 4]]
 
 
+def test_relative_positions_learn_in_bf16_as_in_float32():
+    """Of many images, whose gradients meet in one row of the table."""
+    x, h = picture(64, 3, 32, 32), hidden(64, 64)
+    attention = (model := vit(32, relative_positions=True)).blocks[5].attn
+    tables = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = model.encode(x, h)
+        model.zero_grad()
+        out.float()[:, 0].square().mean().backward()
+        tables.append(attention.relative_position_bias_table.grad)
+    assert (tables[0] - tables[1]).norm() < 0.05 * tables[0].norm()
+
+
 def test_relative_positions_of_visible_patches():
     """A key that nobody looks at is as good as dropped."""
     model = M.ViT(32, 8, 32, 1, 2, relative_positions=True)

@@ -161,6 +161,23 @@ def test_what_is_refused(flags, says, few_scenes, tmp_path, capfd):
     assert says in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("turned, code", [(0, 0), (6, 1)])
+def test_an_image_that_exif_turns_is_named(turned, code, ade, tmp_path, capfd):
+    """0 says that it is not known."""
+    path, exif = ade / "images/validation/0.png", Image.Exif()
+    exif[0x0112] = turned
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    assert segment("--data", ade, "--num_classes", 7, "--steps", 1, "--out", tmp_path) == code
+    assert ("images/validation/0.png: EXIF turns it" in capfd.readouterr().err) == bool(code)
+
+
+def test_a_long_image_is_shown_four_times_as_long_as_high():
+    """At most: 2048 to 512 in the codes for ADE20K."""
+    for height, width, shown in ((10, 30, (16, 48)), (1, 100, (1, 64)), (200, 8, (64, 3))):
+        assert models.to_short_side(torch.rand(1, 3, height, width), 16).shape[2:] == shown
+
+
 def test_an_image_without_annotation_is_refused(ade, tmp_path, capfd):
     """Before anything is trained. Pre-training does not take annotations for images."""
     assert len(loaded(ade)) == 9
