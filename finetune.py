@@ -258,7 +258,7 @@ def open_run(weights, chosen, trains=False):
                   "sampled"]
     if run.get("relative_positions"):
         taken.append("relative_positions")
-    if data == run.get("data"):
+    if os.path.realpath(data) == os.path.realpath(str(run.get("data"))):
         taken.append("only")
     defaults.update((name, run[name]) for name in taken if name in run)
     if trains and folder:
@@ -367,7 +367,7 @@ def run_name(script, args, *more):
     if args.weights == "none":
         stem = f"none-{args.model}"
     more = [str(x) for x in (args.labels, *more, args.seed) if x]
-    return "-".join([script, stem, Path(args.data).name, *more])
+    return "-".join([script, stem, Path(args.data).absolute().name, *more])
 
 
 def settle(args, process, data):
@@ -879,7 +879,7 @@ def classes_of(model, images, args, device, amp):
     """
     view = models.to_short_side(images[:, :3], min(args.img_size)).to(device).float() / 255
     with amp():
-        scores = model(view).float()
+        scores = finite(model(view).float())
     scores = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
     return scores.argmax(1).cpu()
 
@@ -1047,7 +1047,7 @@ def evaluate(model, data, args, process, amp):
     model.eval()
     for views, labels in data.plain(rows, 256, size, process.device, args.workers, args.test_crop):
         with amp():
-            scores = model(views).float()
+            scores = finite(model(views).float())
         hit = scores.topk(min(5, len(data.classes))).indices == labels[:, None]
         first, fifth = first + hit[:, 0].sum().item(), fifth + hit.sum().item()
         seen += len(labels)
@@ -1056,6 +1056,14 @@ def evaluate(model, data, args, process, amp):
     pretrain.refuse_bad(data, len(data) - seen, process)
     return dict(top1=round(100 * first / seen, 2), top5=round(100 * fifth / seen, 2),
                 images=int(seen))
+
+
+def finite(scores):
+    """The scores. Failed where one is nan or infinite: a class would be found by it, too."""
+    if not scores.isfinite().all():
+        raise pretrain.Failed("the scores are not finite: try --amp off, other --weights, or train "
+                              "with a lower --lr")
+    return scores
 
 
 def measured(args, step):

@@ -319,7 +319,7 @@ def machine_options(o):
       default="cuda" if torch.cuda.is_available() else "cpu")
     o("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; "
       "auto: what the device is fast at")
-    o("--workers", type=int, default=min(8, cores()) if torch.cuda.is_available() else 1,
+    o("--workers", type=natural, default=min(8, cores()) if torch.cuda.is_available() else 1,
       help="loader processes for a folder")
 
 
@@ -373,6 +373,7 @@ def options(argv=None):
     p.set_defaults(**defaults, weight_decay=0.05, decoder=network.decoder,
                    token_at=decoder if row.token_at == "decoder" else row.token_at)
     args = p.parse_args(argv)
+    args.changed = {name for name, value in vars(args).items() if value != p.get_default(name)}
     args.settings = {name: vars(args).pop(name) for name in settings}
     return args
 
@@ -397,7 +398,18 @@ def settle(args, process, data):
     args.freq = [args.freq_weight, args.freq_alpha, args.freq_batch_mean]
     share_out(args, process, data)
     args.view = degrade.view_size(args.task, args.img_size, settings["view_size"])
-    settle_folder(args, f"{args.task}-{args.model}-{Path(args.data).name}")
+
+    # no option is left out in silence
+    target = degrade.TASKS[args.task].target(torch.empty(1, 1, *args.view), tuple(args.img_size))
+    changed = vars(args).pop("changed")
+    for cause, idle, names in (
+            ("with --mask_ratio 0", not settings["mask_ratio"], {"mask_kind", "mask_unit"}),
+            (f"with --token_at {args.token_at}", layer in ("decoder", None), {"token_how"}),
+            ("with --freq_weight 0", not args.freq_weight, {"freq_alpha", "freq_batch_mean"}),
+            ("without an outer band", [*target.shape[2:]] == args.img_size, {"band_weight"})):
+        for name in changed & names:
+            check(not idle, f"--{name} does nothing {cause}")
+    settle_folder(args, f"{args.task}-{args.model}-{Path(args.data).absolute().name}")
 
 
 def share_out(args, process, data):
@@ -643,9 +655,11 @@ def agree(unread, received, done, args, data, process):
 
 
 def refuse_bad(data, bad, process):
-    """Failed when `bad` images, over all processes, are more than 1%."""
+    """Failed when `bad` images, over all processes, are more than 1%. Two may have met the same."""
     if bad > 0.01 * len(data):
         files = sorted({what for names in gather(list(data.bad), process) for what in names})
+        bad = min(bad, len(files))
+    if bad > 0.01 * len(data):
         raise Failed("" if process.rank else f"{bad:.0f} of {len(data):,} images cannot be read, "
                      f"more than 1%: mend or replace {'; '.join(files[:20])}")
 
@@ -877,7 +891,8 @@ class FolderSet(Dataset):
         """
         index, epoch, size, scale, seed, augment = item
         unread = ""
-        for position in range(index, index + (1 if epoch < 0 else 100)):
+        for k in range(1 if epoch < 0 else 100):
+            position = index + (k if k < 5 else k ** 3)  # all of a folder may be bad
             try:
                 image = self.read(position % len(self))
                 break
@@ -924,7 +939,7 @@ class FolderSet(Dataset):
                     self.skip(what, last)
             if index.min() < 0:
                 if epoch.max() >= 0:
-                    raise Failed(f"{list(self.bad)[-1]}; nor can the images after it be read")
+                    raise Failed(f"{list(self.bad)[-1]}; nor can 99 others be read")
                 view, index = view[index >= 0], index[index >= 0]
             if len(index):
                 yield self.to_device(view, device), degrade.moved(self.labels[index], device)
@@ -995,8 +1010,8 @@ def pictures_to_show(args, process, data):
     """Eight views (8, C, *args.view) of images that are not trained on, if --data has such."""
     val = load_data(args, process, "val")
     val.bad = data.bad  # a bad image is named once
-    views = val.plain(torch.arange(min(32, len(val))), 32, tuple(args.view), process.device)
-    views = next(views, ([],))[0]
+    views = val.plain(torch.arange(min(3200, len(val))), 32, tuple(args.view), process.device)
+    views = next(views, ([],))[0]  # of the first 32, if they can be read
     check(len(views), f"none of the first images of {args.data} can be read")
     return views[torch.arange(8) % len(views)]
 

@@ -176,7 +176,7 @@ def a2mim():
 def finetune_():
     """By the papers' recipes; frozen features; RandAugment."""
     for label, classes, flags in (
-            (f"ViT-B/16, deit, batch {N}", 1000, NETWORKS[VIT_B]),
+            (f"ViT-B/16, deit, batch {N}", 1000, f"{NETWORKS[VIT_B]} --recipe deit"),
             (f"ResNet-50, rsb_a3 at 160, batch {N}", 1000, NETWORKS[RESNET]),
             (f"{SMALL}, batch 64", 10, "")):
         args, _, _ = finetune.options(flags.split())

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -373,6 +374,8 @@ def test_a_run_is_called_after_its_weights(weights, tmp_path):
     (tmp_path / "mask-0.5").mkdir()
     args = SimpleNamespace(weights=tmp_path / weights, data="x/shapes", labels=5, seed=2)
     assert finetune.run_name("finetune", args) == "finetune-mask-0.5-shapes-5-2"
+    args.data = "."
+    assert finetune.run_name("finetune", args) == f"finetune-mask-0.5-{Path.cwd().name}-5-2"
 
 
 # --- The same run, however it is split or stopped ---
@@ -442,6 +445,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(of, tmp_path):
     code, _, complaint = of(finetune, "--lr", 1e30)
     assert code == 1 and "step 2: the loss is nan" in complaint
     assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_scores_that_are_not_finite_are_no_accuracy(learned, data, tmp_path, capfd):
+    held = models.read_weights(learned)
+    held["model"]["norm.weight"][3] = torch.inf
+    torch.save(held, tmp_path / "x.pth")
+    argv = ["--weights", tmp_path / "x.pth", "--eval", "--data", data, "--out", tmp_path]
+    assert plain(*argv) == 1 and "the scores are not finite" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -339,6 +339,10 @@ def test_help_tells_the_true_defaults_of_a_tasks_settings(task, folder, capsys):
     "--batch_size 9 --accum 2 | --batch_size 9",
     "--token_at 7 | --token_at 7", f"{RESNET} --token_at decoder | --token_at decoder",
     "--fill zero --task mask | --fill zero", "--fill token --task a2mim | --fill token",
+    "--task blur --mask_kind hole | --mask_kind does nothing with --mask_ratio 0",
+    "--token_how scaled | --token_how does nothing with --token_at decoder",
+    "--freq_batch_mean | --freq_batch_mean does nothing with --freq_weight 0",
+    "--task mask --band_weight 0.2 | --band_weight does nothing without an outer band",
     # the data and the model
     "--data /nowhere | is no folder", "--data tests | no images below",
     "--data cifar10 --root /nowhere | download", "--decoder 4x10x3 | 4x10x3",
@@ -714,6 +718,24 @@ def test_a_bad_image_is_named_once_and_the_next_replaces_it(run, folder, tmp_pat
     _, index, _, unread = P.FolderSet(str(data))[(17, 0, (8, 8), (0.5, 1.0), 0, None)]
     assert index == 19
     assert "017.png" in unread
+
+
+def test_a_folder_of_bad_images_is_leapt_over(done, folder, tmp_path):
+    """The first 40 of 4,200, one of which is wanted: less than 1%. Pictures are of others."""
+    data = tmp_path / "data"
+    data.mkdir()
+    good = next(folder.rglob("*.png"))
+    for i in range(4200):
+        (data / f"{i:04d}.png").touch() if i < 40 else (data / f"{i:04d}.png").symlink_to(good)
+    assert P.FolderSet(str(data))[(0, 0, (8, 8), (0.5, 1.0), 0, None)][1] == 125
+    done("leapt", "--steps 1", data=data)
+
+
+def test_a_bad_image_counts_once_for_all_processes(processes, folder, tmp_path):
+    """Each meets all images in one step, and two of 200 are no more than 1%."""
+    data = damaged(folder, tmp_path / "data", {17, 150})
+    codes, said = processes(2, "--batch_size 400 --accum 1 --steps 1", data=data)
+    assert not any(codes), said
 
 
 def test_more_than_1_percent_bad_images_stop_the_run(done, refused, folder, tmp_path):
