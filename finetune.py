@@ -1059,7 +1059,7 @@ def evaluate(model, data, args, process, amp):
 
 
 def finite(scores):
-    """The scores. Failed where one is nan or infinite: a class would be found by it, too."""
+    """The scores. Failed where one is nan or infinite: argmax would find a class there, too."""
     if not scores.isfinite().all():
         raise pretrain.Failed("the scores are not finite: try --amp off, other --weights, or train "
                               "with a lower --lr")
