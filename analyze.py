@@ -355,7 +355,8 @@ def classifier(run, val, process, amp):
     known = run.classes in (None, val.classes)
     if known and len(held.get(f"{name}.weight", ())) == classes:
         model = probe.load_model(run, run.held, val.channels, process, classes)
-        kind, head = "its own classifier", nn.Identity()
+        kind = "its own classifier"
+        head = nn.Identity()
     else:
         model = probe.load_model(run, run.held, val.channels, process)
         train = load_data(run, process, "train", labelled=True)

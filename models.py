@@ -1010,16 +1010,18 @@ def grid_of(state, weights, grid):
     """The weights' patches: by the run's configuration, else those whose fixed positions they are,
     else a square, else the model's `grid`.
     """
-    config, table = state.get("config"), weights["pos_embed"]
+    config = state.get("config")
     if config:
         return tuple(side // config["patch_size"] for side in config["img_size"])
+    table = weights["pos_embed"]
     if table.ndim != 3:
         raise ValueError(f"pos_embed is {tuple(table.shape)}, not (1, 1 + N, D)")
     count = table.shape[1] - 1
-    for h in (h for h in range(1, count + 1) if count % h == 0 and table.shape[2] % 4 == 0):
-        if torch.allclose(table.float(), sincos_positions(table.shape[2], (h, count // h)),
-                          atol=0.01):
-            return h, count // h
+    width = table.shape[2]
+    heights = [h for h in range(1, count + 1) if count % h == 0 and width % 4 == 0]
+    for fixed in ((h, count // h) for h in heights):
+        if torch.allclose(table.float(), sincos_positions(width, fixed), atol=0.01):
+            return fixed
     side = math.isqrt(count)
     if side * side == count:
         return side, side
