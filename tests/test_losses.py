@@ -56,8 +56,8 @@ def test_resize_area_has_a_gradient_after_inference_mode():
 
 
 def normalized(images):
-    """(B, C, 8, 8) -> each 4 x 4 patch minus its mean, over its deviation."""
-    x = images.unflatten(3, (2, 4)).unflatten(2, (2, 4))  # (B, C, 2, 4, 2, 4)
+    """(B, C, H, W) -> each 4 x 4 patch minus its mean, over its deviation."""
+    x = images.unflatten(3, (-1, 4)).unflatten(2, (-1, 4))  # (B, C, H / 4, 4, W / 4, 4)
     mean, variance = (f((1, 3, 5), keepdim=True) for f in (x.mean, x.var))
     return ((x - mean) / (variance + 1e-6).sqrt()).flatten(4).flatten(2, 3)
 
@@ -65,20 +65,20 @@ def normalized(images):
 @pytest.mark.parametrize("loss, distance", [("mse", torch.square), ("l1", torch.abs)])
 @pytest.mark.parametrize("band_weight", [0, 0.2, 0.5, 1])
 def test_zoom_in_mask_by_hand(loss, distance, band_weight):
-    """BM A.2 for S = 8, V = 12, p = 4. Term 1: the centre of the resized prediction, where hidden,
-    against the normalised input. Term 2: the band against the normalised shrunk view.
+    """BM A.2 for S = 8 x 12, V = 12 x 20, p = 4. Term 1: the centre of the resized prediction,
+    where hidden, against the normalised input. Term 2: the band against the normalised shrunk view.
     """
-    view, prediction = picture(2, 3, 12, 12), picture(2, 4, 48, seed=1)
-    hidden = torch.tensor([[True, False, True, True], [False, True, True, False]])
-    whole = area(L.unpatchify(prediction, 4, (2, 2)), 12)
-    error = distance(whole[:, :, 2:10, 2:10] - normalized(view[:, :, 2:10, 2:10]))
+    size, whole, inner = (8, 12), (12, 20), (..., slice(2, 10), slice(4, 16))
+    view, prediction = picture(2, 3, *whole), picture(2, 6, 48, seed=1)
+    hidden = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    resized = area(L.unpatchify(prediction, 4, (2, 3)), whole)
+    error = distance(resized[inner] - normalized(view[inner]))
     center = L.patchify(error, 4)[hidden].mean()
-    shrunk = normalized(area(view, 8))
-    error = distance(whole - area(shrunk, 12))
-    error[:, :, 2:10, 2:10] = 0
-    band = error.sum() / (2 * 3 * (144 - 64))
+    error = distance(resized - area(normalized(area(view, size)), whole))
+    error[inner] = 0
+    band = error.sum() / (2 * 3 * (12 * 20 - 8 * 12))
     want = (1 - band_weight) * center + band_weight * band
-    got = L.recovery_loss(prediction, view, (8, 8), 4, hidden, band_weight=band_weight, loss=loss)
+    got = L.recovery_loss(prediction, view, size, 4, hidden, band_weight=band_weight, loss=loss)
     assert got == pytest.approx(want.item(), rel=1e-5)
 
 
