@@ -243,11 +243,13 @@ def log_amplitude(maps):
 
 
 def spatial_variance(maps):
-    """Variance over the positions of feature maps (B, C, h, w), averaged over channels (A2 3.3):
-    (B, 1).
+    """Variance over the positions of feature maps (B, C, h, w), averaged over channels (A2 3.3),
+    and its share of the maps' mean square: (B, 2).
     # differs from the authors' tool: its variance is the unbiased one.
     """
-    return maps.float().var((2, 3), correction=0).mean(1, keepdim=True)
+    maps = maps.float()
+    variance, power = maps.var((2, 3), correction=0).mean(1), maps.square().mean((1, 2, 3))
+    return torch.stack([variance, variance / power.clamp(min=1e-30)], dim=1)
 
 
 def feature_maps(model, images, look):
@@ -484,17 +486,23 @@ def fourier_panels(found):
 def variance(run, data, rows, process):
     """How much a layer's maps differ from place to place. A2 found that masked modelling lowers it
     and other pre-training raises it (ResNet-50, Fig. 3b). The scale of a network's features counts
-    too, so the courses of one architecture's curves compare.
+    too, so the courses of one architecture's curves compare. The share of the mean square has no
+    scale.
     """
     r = of_maps(run, data, rows, process, spatial_variance)
-    return dict(r, first=r["mean"][0][0], last=r["mean"][-1][0])
+    over_depth, share = np.mean(r["mean"], axis=0).tolist()
+    return dict(r, over_depth=over_depth, share=share)
 
 
 def variance_panels(found):
-    lines = [(label, depth, [m for m, in mean], [e for e, in error])
-             for label, depth, mean, error in by_depth(found)]
+    curves = [*by_depth(found)]
+    variance, share = ([(label, depth, [m[i] for m in mean], [e[i] for e in error])
+                        for label, depth, mean, error in curves] for i in (0, 1))
     return [dict(title="Variance of the feature maps", x="depth, layer / layers",
-                 y="spatial variance, mean over channels", lines=lines, yscale="log",
+                 y="spatial variance, mean over channels", lines=variance, yscale="log",
+                 marks=stages_of(found)),
+            dict(title="The same without its scale", x="depth, layer / layers",
+                 y="share of the maps' mean square", lines=share, ylim=(0, 1),
                  marks=stages_of(found))]
 
 

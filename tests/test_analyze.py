@@ -146,7 +146,9 @@ def test_fourier_by_an_explicit_transform(h, w):
 
 def test_spatial_variance():
     maps = torch.tensor([[[[1.0, 3], [1, 3]], [[0, 0], [0, 4]]]])  # channels of 1 and 3
-    assert A.spatial_variance(maps).tolist() == [[2]]
+    assert A.spatial_variance(maps)[0].tolist() == approx([2, 2 / 4.5])  # squares: 5, 4
+    share = A.spatial_variance(torch.stack([10 * maps[0], 0 * maps[0]]))[:, 1]
+    assert share.tolist() == approx([2 / 4.5, 0])
 
 
 @torch.no_grad()
