@@ -512,8 +512,8 @@ def claims_table(results):
         for data in row.sets.split():
             claim = row.on(data)
             found = by_seed(results.get(data, {}), claim.measure)
-            arms = [arm for arm in claim.arms() if arm in found]
-            if arms == claim.arms():  # none is left to be run
+            arms = claim.arms()
+            if all(arm in found for arm in arms):
                 digits = 2 if claim.measure in LESS else 1
                 ours = ", ".join(f"`{arm}` {spread(found[arm], digits)}" for arm in arms)
                 theirs = claim.paper
