@@ -497,7 +497,8 @@ def variance(run, data, rows, process):
 def variance_panels(found):
     curves = [*by_depth(found)]
     variance, share = ([(label, depth, [m[i] for m in mean], [e[i] for e in error])
-                        for label, depth, mean, error in curves] for i in (0, 1))
+                        for label, depth, mean, error in curves if i < len(mean[0])]
+                       for i in (0, 1))  # older files have no share
     return [dict(title="Variance of the feature maps", x="depth, layer / layers",
                  y="spatial variance, mean over channels", lines=variance, yscale="log",
                  marks=stages_of(found)),

@@ -24,9 +24,9 @@ is given the other's. t is Student's at 5%, two-sided: 2.8 for three seeds and t
 and two, 4.3 for two and two, three and one, or three and a number that the claim names. It is not
 corrected for the number of pairs. A claim `holds` if all of its pairs differ in the paper's
 direction, and `in part` if some do. It `does not` if some differ in the other direction and none in
-the paper's. Else it `cannot be told`, or has `too few seeds` where a pair has one seed a side, or
-none. An arm of a claim with `seeds` 3 is asked for three pre-training seeds, as are `none` and the
-better arm of any other; the rest for one (no ±).
+the paper's. Else it `cannot be told`, or has `too few seeds` where a pair has one seed a side. A
+row is shown when all of its arms are run. An arm of a claim with `seeds` 3 is asked for three
+pre-training seeds, as are `none` and the better arm of any other; the rest for one (no ±).
 
 By estimate two cores with bf16 take a day and a half for all, without it most of a week. An
 encoder of the built-in pictures takes a core 14 minutes with its measurements.
