@@ -248,7 +248,8 @@ def spatial_variance(maps):
     # differs from the authors' tool: its variance is the unbiased one.
     """
     maps = maps.float()
-    variance, power = maps.var((2, 3), correction=0).mean(1), maps.square().mean((1, 2, 3))
+    variance = maps.var((2, 3), correction=0).mean(1)
+    power = maps.square().mean((1, 2, 3))
     return torch.stack([variance, variance / power.clamp(min=1e-30)], dim=1)
 
 
@@ -487,7 +488,7 @@ def variance(run, data, rows, process):
     """How much a layer's maps differ from place to place. A2 found that masked modelling lowers it
     and other pre-training raises it (ResNet-50, Fig. 3b). The scale of a network's features counts
     too, so the courses of one architecture's curves compare. The share of the mean square has no
-    scale.
+    scale. `over_depth` and `share` are means over all layers; a map of one position has 0.
     """
     r = of_maps(run, data, rows, process, spatial_variance)
     over_depth, share = np.mean(r["mean"], axis=0).tolist()
@@ -495,10 +496,11 @@ def variance(run, data, rows, process):
 
 
 def variance_panels(found):
-    curves = [*by_depth(found)]
-    variance, share = ([(label, depth, [m[i] for m in mean], [e[i] for e in error])
-                        for label, depth, mean, error in curves if i < len(mean[0])]
-                       for i in (0, 1))  # older files have no share
+    variance, share = [], []
+    for label, depth, mean, error in by_depth(found):
+        variance.append((label, depth, [m[0] for m in mean], [e[0] for e in error]))
+        if len(mean[0]) > 1:  # older files have no share
+            share.append((label, depth, [m[1] for m in mean], [e[1] for e in error]))
     return [dict(title="Variance of the feature maps", x="depth, layer / layers",
                  y="spatial variance, mean over channels", lines=variance, yscale="log",
                  marks=stages_of(found)),

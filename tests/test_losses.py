@@ -68,7 +68,8 @@ def test_zoom_in_mask_by_hand(loss, distance, band_weight):
     """BM A.2 for S = 8 x 12, V = 12 x 20, p = 4. Term 1: the centre of the resized prediction,
     where hidden, against the normalised input. Term 2: the band against the normalised shrunk view.
     """
-    size, whole, inner = (8, 12), (12, 20), (..., slice(2, 10), slice(4, 16))
+    size, whole = (8, 12), (12, 20)
+    inner = (..., slice(2, 10), slice(4, 16))
     view, prediction = picture(2, 3, *whole), picture(2, 6, 48, seed=1)
     hidden = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]]).bool()
     resized = area(L.unpatchify(prediction, 4, (2, 3)), whole)
