@@ -43,7 +43,8 @@ CHOSEN, HIDDEN, PAIRS, CONTEXTS = range(200, 204)  # further streams of random n
 def main(argv=None):
     args = options(argv)
     _, measure, panels, _ = NAMES[args.name]
-    process, file = pretrain.set_up(args.device), args.out / f"{args.name}.json"
+    process = pretrain.set_up(args.device)
+    file = args.out / f"{args.name}.json"
     check(process.world == 1, f"one process, not {process.world}: start it with python")
     data = rows = None
     if args.name == "curves":
@@ -65,7 +66,8 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
 
     # each of the others, one after the other
-    numbers, pictures = found["runs"], []
+    numbers = found["runs"]
+    pictures = []
     for run in runs:
         known = numbers.get(run.label, {}).get("weights") == run.weights
         if not known or args.name == "reconstruct":  # its picture is not kept
@@ -182,7 +184,8 @@ def interactions(f, n, pairs, orders, contexts, generator):
     rank = rank.scatter(2, pairs[:, None].expand(-1, contexts, -1), 2.0).argsort(2).argsort(2)
     others = [[x for x in range(n) if x not in pair] for pair in pairs.tolist()]
     others = torch.tensor(others)  # (P, n - 2)
-    sets, exact = [], []
+    sets = []
+    exact = []
     for m in orders:
         exact.append(math.comb(n - 2, m) <= contexts)
         S = rank < m
@@ -196,7 +199,8 @@ def interactions(f, n, pairs, orders, contexts, generator):
                 added = pairs[:, None, player:player + 1].expand(-1, S.shape[1], 1)
                 S[:, :, which].scatter_(2, added, True)
         sets.append(S.flatten(0, 2))
-    mean, error = torch.zeros(P, len(orders)), torch.zeros(P, len(orders))
+    mean = torch.zeros(P, len(orders))
+    error = torch.zeros(P, len(orders))
     for i, scores in enumerate(f(torch.cat(sets)).split([len(S) for S in sets])):
         both, first, second, neither = scores.view(P, -1, 4).unbind(2)
         difference = both - first - second + neither  # (P, sets)
@@ -231,7 +235,7 @@ def share_between(x, J, low, high):
 def log_amplitude(maps):
     """Log amplitude of the spectrum of feature maps (B, C, h, w) along its diagonal, less that at
     frequency 0, averaged over channels (A2 B.3): (B, n + 1), n = min(h, w) // 2. The frequencies
-    are k / n of the highest. White noise has 0, but +.35 at what is not real (odd sides, middle).
+    are k / n of the highest. White noise has 0 where its spectrum is real, and .35 elsewhere.
     # differs from the authors' tool: it leaves out the highest frequency of even sides.
     """
     h, w = maps.shape[2:]
@@ -306,7 +310,9 @@ def open_runs(args):
             held, config, defaults = finetune.open_run(path, args)
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
         run.img_size = pretrain.two_sides(run.img_size)
-        run.weights, run.held, run.classes = path, held, config.get("classes")
+        run.weights = path
+        run.held = held
+        run.classes = config.get("classes")
         if path == "none":
             run.held = run.classes = None
         runs.append(run)
@@ -353,7 +359,8 @@ def classifier(run, val, process, amp):
     """images -> scores (k, classes) in float32, and what gives them, in words: the run's own
     classifier, or a linear layer that probe.py fits to the training images.
     """
-    classes, name = len(val.classes), models.MODELS[run.model].family.head_name
+    classes = len(val.classes)
+    name = models.MODELS[run.model].family.head_name
     held = {} if run.held is None else models.tensors(run.held)[0]
     known = run.classes in (None, val.classes)
     if known and len(held.get(f"{name}.weight", ())) == classes:
@@ -414,7 +421,8 @@ def draw(panels, path):
 def stacked(pictures):
     """[(a line of text, a Pillow picture)] below one another, each picture below its line."""
     from PIL import Image, ImageDraw, ImageFont
-    font, line = ImageFont.load_default(14), 26
+    font = ImageFont.load_default(14)
+    line = 26
     width = max(max(x.width, 12 + round(font.getlength(text))) for text, x in pictures)
     page = Image.new("RGB", (width, sum(x.height + line for _, x in pictures)), "white")
     top = 0
@@ -432,22 +440,23 @@ def stacked(pictures):
 def of_maps(run, data, rows, process, value):
     """value(map) of each layer: its mean over images, and its standard error."""
     model = probe.load_model(run, run.held, data.channels, process)
-    amp, found = precision(run, process.device), []
+    amp = precision(run, process.device)
+    found = []
     for view, _, _ in shown(run, data, rows, 64, process):
         with amp():
             found.append([x.cpu() for x in feature_maps(model, view, value)])
     layers = [torch.cat(parts).double() for parts in zip(*found)]  # (n, values)
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
     errors = [(x.var(0, correction=0) / max(len(x) - 1, 1)).sqrt().tolist() for x in layers]
-    blocks = [len(stage) for stage in model.stages]  # where there are several, a map each, last
+    blocks = [len(stage) for stage in model.stages]  # a ResNet's last maps are one a block
     starts = len(layers) - np.cumsum(blocks[::-1])[::-1]
     return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors,
                 stages=((starts + 0.5) / len(layers)).tolist() if len(blocks) > 1 else [])
 
 
 def by_depth(found):
-    """(label, depth from 1/L to 1, mean, error) of each run. A map of one position, or of one row
-    for the frequencies, has nothing but 0, and is left out.
+    """(label, depth from 1/L to 1, mean, error) of each run. A layer of nothing but 0 is left out:
+    its map has one position, or one row for the frequencies.
     """
     for label, r in found.items():
         L = len(r["mean"])
@@ -473,7 +482,8 @@ def fourier(run, data, rows, process):
 
 
 def fourier_panels(found):
-    high, whole = [], []
+    high = []
+    whole = []
     for label, depth, mean, error in by_depth(found):
         high.append((label, depth, [m[-1] for m in mean], [e[-1] for e in error]))
         whole.append((label, np.linspace(0, 1, len(mean[-1])), mean[-1], error[-1]))
@@ -496,7 +506,8 @@ def variance(run, data, rows, process):
 
 
 def variance_panels(found):
-    variance, share = [], []
+    variance = []
+    share = []
     for label, depth, mean, error in by_depth(found):
         variance.append((label, depth, [m[0] for m in mean], [e[0] for e in error]))
         if len(mean[0]) > 1:  # older files have no share
@@ -513,10 +524,12 @@ def occlude(run, data, rows, process):
     """The longer a curve stays up, the less a network needs any one patch. A2 found that a ViT-S
     with masked modelling behind it is robust up to 80% dropped, and from scratch is not (Fig. 1 a).
     """
-    ratios, p = RATIOS[:-1], run.patch_size
+    ratios = RATIOS[:-1]
+    p = run.patch_size
     classify, kind = classifier(run, data, process, precision(run, process.device))
     base = torch.zeros(data.channels, device=process.device)  # as the tool that A2 used
-    hits, images = 0, 0
+    hits = 0
+    images = 0
     for view, labels, first in shown(run, data, rows, 128, process):
         hits = hits + occlusion(classify, view, labels, p, base, ratios, run.repeats,
                                 seeded(run.seed, HIDDEN, first))
@@ -541,15 +554,18 @@ def interact(run, data, rows, process):
     the middle: .05 to .5 in ViT-S, .1 to .55 in ResNet-50 (Fig. 1 e, g). A flat curve has 45% of
     its area there. Few contexts are noise, which lifts the orders between the ends.
     """
-    grid, p = [side // run.patch_size for side in run.img_size], run.patch_size
-    n, near = math.prod(grid), near_pairs(grid)
+    grid = [side // run.patch_size for side in run.img_size]
+    p = run.patch_size
+    n = math.prod(grid)
+    near = near_pairs(grid)
     check(n > 2, f"--img_size: {n} patches have no pair among others")
     check(run.contexts > 1, "--contexts 1: one set has no standard error")
     # a difference of four scores: bf16 and TF32 round it away
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     amp = nullcontext if run.amp == "auto" else precision(run, process.device)
     classify, kind = classifier(run, data, process, amp)
-    base, parts = mean_colour(data, run, process), []
+    base = mean_colour(data, run, process)
+    parts = []
     orders = sorted({round(r * (n - 2)) for r in RATIOS})
     for view, label, first in shown(run, data, rows, 1, process):  # one image
         chosen = torch.randperm(len(near), generator=seeded(run.seed, PAIRS, first))[:run.pairs]
@@ -558,7 +574,8 @@ def interact(run, data, rows, process):
         parts.append(torch.stack([I.abs().mean(0), error.mean(0)]))
     strength, error = torch.stack(parts).unbind(1)  # (images, orders)
     J, J_error = relative_strength(strength)
-    x, noise = [m / (n - 2) for m in orders], error.mean(0) / strength.mean(0).clamp(min=1e-12)
+    x = [m / (n - 2) for m in orders]
+    noise = error.mean(0) / strength.mean(0).clamp(min=1e-12)
     return dict(classifier=kind, images=len(parts), players=n, orders=orders, J=J.tolist(),
                 J_error=J_error, strength=strength.mean(0).tolist(),
                 context_error=error.mean(0).tolist(),
@@ -605,9 +622,14 @@ def reconstruct(run, data, rows, process):
     normalise or hide differently do not compare.
     """
     c, model = recovery_of(run, data, process)
-    amp, size, p = precision(run, process.device), tuple(c.img_size), c.patch_size
+    amp = precision(run, process.device)
+    size = tuple(c.img_size)
+    p = c.patch_size
     inside = c.token_at not in ("decoder", "none")  # there is a token to leave out
-    run.img_size, run.test_crop, sums, images = list(c.view), 1.0, np.zeros(3), 0
+    run.img_size = list(c.view)
+    run.test_crop = 1.0
+    sums = np.zeros(3)
+    images = 0
     chunk = 50 - (len(rows) % 50 == 1)  # zoom_out's patches of other images take two at least
     for view, _, first in shown(run, data, rows, chunk, process):
         images += len(view)
@@ -661,7 +683,8 @@ def curve(run, *_):
 
 
 def curve_panels(found):
-    of, paid = {k: [] for k in ("loss", "measured")}, {}
+    of = {k: [] for k in ("loss", "measured")}
+    paid = {}
     for label, r in found.items():
         kind = "measured" if r["measured"] else "loss"
         of[kind].append((label, *zip(*r[kind]), None))

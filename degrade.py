@@ -11,9 +11,9 @@ float32 batch, on any device.
 
 B batch, C channels, S model input size, V view size (>= S), p patch size, N = (S/p)^2 patches.
 hidden (B, N) bool: True = the encoder does not see this patch. Images are RGB (or C channels) in
-[0, 1]. Random functions take a torch.Generator, on the CPU, so that every device gets the same
-numbers, and `within` = (first, total): the batch is rows first .. first + B of a whole of `total`.
-The numbers are the whole's, however it is shared out among processes. None: the batch is the whole.
+[0, 1]. Random functions take a torch.Generator, on the CPU: every device gets the same numbers.
+within = (first, total): the images are rows first .. first + B of a batch of `total`, and get the
+same numbers however it is shared out among processes. None: they are all of it.
 """
 import argparse
 import ast
@@ -38,8 +38,8 @@ def pair(size):
 
 
 def moved(x, device):
-    """x on the device. A CUDA GPU is not waited for: the copy is from pinned memory. Apple's is: it
-    might read what is freed by then.
+    """x on the device. A copy to CUDA is from pinned memory, and is not waited for. One to Apple's
+    GPU is: x might be freed before.
     """
     cuda = torch.device(device).type == "cuda" and not x.is_cuda
     return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
@@ -93,8 +93,8 @@ def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=N
     """One region stays visible, BM 4.1 (m), 'block'; or (hole) is hidden, A2's inpainting:
     (batch, N) bool. Arguments: random_mask's.
 
-    It is a rectangle of random place and aspect (1/2 .. 2). Its last column is cut short where the
-    exact number asks for it.
+    It is a rectangle of random place and aspect (1/2 .. 2). Its last column may be shorter, so that
+    the number is exact.
     """
     rows, columns, visible = cells_of(grid, ratio, unit)
     count = rows * columns - visible if hole else visible
@@ -223,7 +223,7 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     """(a) A zoom_size high part of the picture fills the canvas: (B, C, *size). BM 4.1.
 
     size: (h, w) of the result, default the picture's own. zoom_size: pixels of the picture, default
-    160 / 224 of it, or `size` when the picture is larger than that (BM A.1: no rescaling).
+    160 / 224 of it, or `size` where it is not the picture's (BM A.1: no rescaling).
     zoom_at: "center", or "random" (BM A.3: worse).
     # differs from the authors' code: a larger view has two terms there, as it has here in
     # zoom_in_mask with mask_ratio 0.
@@ -242,15 +242,16 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
 
 
 def others_patches(images, p, generator, within):
-    """Each p x p patch from another image: (B, C, H, W). It is one of the three others of four
-    neighbours in the batch, which may be split into fours.
+    """Each p x p patch from another image: (B, C, H, W). Four images in a row exchange theirs, so a
+    batch may be split into fours.
     """
     B, _, H, W = images.shape
     whole = not within or B == within[1]
     check(B > 1 and (whole or B % 4 == 0),
           f"zoom fill 'other' takes patches of four images: {B} are not fours")
     u = random_numbers(B, -(-H // p), -(-W // p), generator=generator, within=within)
-    own, n = torch.arange(B).view(B, 1, 1), min(B, 4)
+    own = torch.arange(B).view(B, 1, 1)
+    n = min(B, 4)
     first = (own // 4 * 4).clamp(max=B - n)
     which = first + (own - first + 1 + (u * (n - 1)).long()) % n  # (B, h, w)
     which = moved(which, images.device).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, :H, :W]

@@ -46,14 +46,16 @@ import pretrain
 from pretrain import (LABELS, check, due, learning_rate, load_data, not_negative,
                       parameter_groups, positive_int, precision, seeded, share, sum_over_processes)
 
-MIX, DROP, SAMPLE = 100, 101, 102  # further streams of random numbers
+MIX, DROP, SAMPLE = range(100, 103)  # further streams of random numbers
 
 
 def main(argv=None):
     # options, processes, data
     args, weights, run = options(argv)
     process = pretrain.set_up(args.device)
-    device, on_first, amp = process.device, process.rank == 0, precision(args, process.device)
+    device = process.device
+    on_first = process.rank == 0
+    amp = precision(args, process.device)
     read = labelled_data if args.head == "classify" else annotated_data
     data, val = read(args, process, not args.eval, run.get("classes"))
     settle(args, process, data)
@@ -82,11 +84,15 @@ def main(argv=None):
     views = data.batches(wanted, tuple(args.img_size), args.crop, args.seed, device, args.workers,
                          augmentation(*args.rand_augment, args.random_erasing))
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
-    received, result = pretrain.remember_signals(on_first), {}
+    received = pretrain.remember_signals(on_first)
+    result = {}
     if start and due(start, args.save_every, args) and not measured(args, start):
         result = evaluate(model, val, args, process, amp)  # a signal came before it
         pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
-    clock, timed, waited, unread = time.perf_counter(), 0, 0.0, []
+    clock = time.perf_counter()
+    timed = 0
+    waited = 0.0
+    unread = []
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr, args.schedule,
@@ -123,7 +129,8 @@ def main(argv=None):
         norm = pretrain.clipped_norm(model, args.clip)
 
         # how all processes stand; what cannot go on stops here, before it is saved
-        timed, done = timed + 1, step + 1
+        timed += 1
+        done = step + 1
         unread.append(torch.stack([loss, norm]))
         found, leaving = pretrain.agree(unread, received, done, args, data, process)
         recent += found
@@ -144,7 +151,10 @@ def main(argv=None):
             pretrain.log(args, process, step=done, epoch=epoch, lr=lr, loss=float(np.mean(recent)),
                          grad_norm=float(norm), images_per_s=round(speed, 1),
                          data_wait=round(waited / (time.perf_counter() - clock), 4))
-            recent, clock, timed, waited = [], time.perf_counter(), 0, 0.0
+            recent = []
+            clock = time.perf_counter()
+            timed = 0
+            waited = 0.0
         paused = time.perf_counter()  # what follows is not training
         at_checkpoint = due(done, args.save_every, args)
         if at_checkpoint or leaving:
@@ -213,9 +223,8 @@ RECIPES = {
 
 
 def open_run(weights, chosen, trains=False):
-    """What the file of --weights holds, without the optimiser, or None; its run's configuration, or
-    {}; and the defaults that these and the other first_options settle. trains: they are the
-    recipe's. Otherwise images are shown as the run measured them.
+    """What the file of --weights holds, but the optimiser, or None; its run's configuration, or {};
+    and the defaults of all other options. trains False: images are shown as the run measured them.
     """
     held = None if weights == "none" else models.read_weights(weights)
     run = (held or {}).get("config") or {}
@@ -373,7 +382,8 @@ def run_name(script, args, *more):
 def settle(args, process, data):
     """What follows from the options and the data: the share of each process, the folder."""
     if args.eval:
-        args.batch_size, args.accum = process.world, 1  # there are no steps
+        args.batch_size = process.world  # there are no steps
+        args.accum = 1
     pretrain.share_out(args, process, data)
     check(args.head != "detect" or not args.compile,
           "--compile: the sizes of --head detect change from step to step")
@@ -391,7 +401,7 @@ def settle(args, process, data):
 
 def labelled_data(args, process, trains=True, classes=None):
     """The images to train on, --labels of each class, and those to measure, of no other classes.
-    trains False: those to measure twice; classes: of the run that is measured, where known.
+    trains False: both are those to measure. classes: those of the measured run, if known.
     """
     if trains:
         data = load_data(args, process, "train", labelled=True)
@@ -423,9 +433,11 @@ class AnnotatedSet(pretrain.FolderSet):
     """
 
     def __init__(self, data, train, classes):
-        self.scenes, self.bad = None, {}  # bad: as FolderSet's
+        self.scenes = None
+        self.bad = {}  # as FolderSet's
         if data == "scenes":
-            self.scenes, self.classes = pretrain.built_in(data, train), self.of_scenes
+            self.scenes = pretrain.built_in(data, train)
+            self.classes = self.of_scenes
             self.names = np.arange(len(self.scenes.kinds))
             self.found = f"{len(self):,} scenes"
         else:
@@ -456,7 +468,8 @@ class PixelSet(AnnotatedSet):
     labelled. A folder is in ADE20K's layout: DIR/images/{training,validation}/... and
     DIR/annotations/{training,validation}/...png, of 1 and on, 0 not labelled.
     """
-    planes, of_scenes = 4, ["ground", *pretrain.SHAPES]
+    planes = 4
+    of_scenes = ["ground", *pretrain.SHAPES]
 
     def open(self, data, train, classes):
         check(os.path.isdir(f"{data}/annotations"), f"--head segment: {data} is not scenes, nor a "
@@ -478,7 +491,8 @@ class PixelSet(AnnotatedSet):
             image = self.scenes.drawn(torch.tensor([index]))[0]
             kinds = F.pad(self.scenes.kinds[index] + 1, (1, 0)).to(torch.uint8)
             return torch.cat([image[:3], kinds[image[3:].long()]])
-        image, path = self.upright(index), self.annotation(index)
+        image = self.upright(index)
+        path = self.annotation(index)
         with Image.open(path) as picture:
             labels = torch.from_numpy(np.array(picture).astype(np.int64))
         if labels.shape != image.shape[1:] or labels.max() > len(self.classes):
@@ -499,7 +513,8 @@ class PixelSet(AnnotatedSet):
         canvas = torch.full((4, H, W), 255, dtype=torch.uint8)  # 255: not labelled
         canvas[:3] = 255 * torch.tensor(degrade.ZERO).view(3, 1, 1)
         canvas[:, :image.shape[1], :image.shape[2]] = image
-        top, left = int(u[1] * (H - size[0] + 1)), int(u[2] * (W - size[1] + 1))
+        top = int(u[1] * (H - size[0] + 1))
+        left = int(u[2] * (W - size[1] + 1))
         image = canvas[:, top:top + size[0], left:left + size[1]]
         return image.flip(2) if u[3] < 0.5 else image
 
@@ -526,7 +541,8 @@ class BoxSet(AnnotatedSet):
 
     def open(self, data, train, classes):
         split = "train" if train else "val"
-        self.file, self.folder = pretrain.coco_file(data, split), pretrain.inner(data, split)
+        self.file = pretrain.coco_file(data, split)
+        self.folder = pretrain.inner(data, split)
         check(self.file, f"--head detect: {data} is not scenes, nor a folder with annotations/"
               f"instances_{split}2017.json")
         try:
@@ -566,7 +582,8 @@ class BoxSet(AnnotatedSet):
     def read(self, index):
         """(3, H, W) uint8, its objects."""
         if self.scenes:
-            image, kinds = self.scenes.drawn(torch.tensor([index]))[0], self.scenes.kinds[index]
+            image = self.scenes.drawn(torch.tensor([index]))[0]
+            kinds = self.scenes.kinds[index]
             which = image[3][image[3] > 0].unique().long()  # not hidden
             masks = image[3] == which[:, None, None]
             boxes = ops.masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
@@ -574,7 +591,8 @@ class BoxSet(AnnotatedSet):
                                    crowd=torch.zeros(len(which)).bool(), area=masks.sum((1, 2)))
         image = self.upright(index)
         record = json.loads(self.lines[slice(*self.ends[index:index + 2])])
-        objects, size = record["objects"], [*image.shape[1:]]
+        objects = record["objects"]
+        size = [*image.shape[1:]]
         if record["size"] != size:
             raise ValueError(f"it is {size} high and wide, in {self.file} {record['size']}")
         masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
@@ -602,7 +620,8 @@ class BoxSet(AnnotatedSet):
         masks = F.interpolate(objects["masks"][None], (h, w), mode="nearest-exact")[0]
         boxes = objects["boxes"] * torch.tensor([w / W, h / H, w / W, h / H])
         if u[1] < 0.5:
-            image, masks = image.flip(2), masks.flip(2)
+            image = image.flip(2)
+            masks = masks.flip(2)
             boxes = torch.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], dim=1)
         return image, dict(boxes=boxes, labels=objects["labels"], masks=masks)
 
@@ -627,7 +646,8 @@ LONGER = 1333 / 800  # of an image that a detector sees: the longest side over -
 def mask_of(segmentation, height, width):
     """COCO's polygons or run lengths -> (height, width) uint8."""
     if isinstance(segmentation, dict):
-        size, counts = segmentation["size"], segmentation["counts"]
+        size = segmentation["size"]
+        counts = segmentation["counts"]
         if size != [height, width]:
             raise ValueError(f"it is {size} high and wide, its image {[height, width]}")
         counts = run_lengths(counts) if isinstance(counts, str) else counts
@@ -642,24 +662,27 @@ def mask_of(segmentation, height, width):
 
 
 def run_lengths(text):
-    """COCO's compressed ones: each a number of 5 bits a character, from the fourth on the
-    difference to the one before the last.
+    """COCO's compressed run lengths: numbers of 5 bits a character, from the fourth on less the one
+    two before.
     """
-    counts, number, bits = [], 0, 0
+    counts = []
+    number = 0
+    bits = 0
     for c in map(ord, text):
         number |= (c - 48 & 31) << bits
         bits += 5
         if not c - 48 & 32:  # its last
             number -= (c - 48 & 16) << bits - 4  # below zero
             counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number, bits = 0, 0
+            number = 0
+            bits = 0
     return counts
 
 
 def polygon(points, height, width):
     """The pixels inside a polygon [x, y, x, y ...], as COCO's own code rounds: the outline goes in
-    steps of a fifth of a pixel, and where it crosses the middle of a column all pixels that follow
-    in the order of columns change sides.
+    steps of a fifth of a pixel, and where it crosses the middle of a column, every later pixel,
+    column by column, changes sides.
     """
     start = (5 * np.array(points, float).reshape(-1, 2) + 0.5).astype(int)  # (edges, 2)
     end = np.roll(start, -1, axis=0)
@@ -676,7 +699,8 @@ def polygon(points, height, width):
     crossing = np.flatnonzero(u[1:] != u[:-1])
     x, y = (np.minimum(z[crossing], z[crossing + 1]) for z in (u, v))
     middle = (x % 5 == 2) & (x // 5 >= 0) & (x // 5 < width)
-    x, y = x[middle] // 5, np.ceil(np.clip((y[middle] + 0.5) / 5 - 0.5, 0, height)).astype(int)
+    x = x[middle] // 5
+    y = np.ceil(np.clip((y[middle] + 0.5) / 5 - 0.5, 0, height)).astype(int)
     changes = np.bincount(x * height + y, minlength=height * width + 1)[:height * width]
     return (changes.cumsum(dtype=np.uint8) & 1).reshape(width, height).T
 
@@ -733,7 +757,9 @@ def mix(images, targets, mixup, cutmix, rng):
     own = rng.beta(alpha, alpha)  # the share of the image itself
     other = torch.arange(len(images), device=images.device) ^ 1
     if boxed:
-        (H, W), (y, x), half = images.shape[2:], rng.random(2), (1 - own) ** 0.5 / 2
+        H, W = images.shape[2:]
+        y, x = rng.random(2)
+        half = (1 - own) ** 0.5 / 2
         top, bottom = (min(max(round((y + side) * H), 0), H) for side in (-half, half))
         left, right = (min(max(round((x + side) * W), 0), W) for side in (-half, half))
         own = 1 - (bottom - top) * (right - left) / (H * W)
@@ -828,11 +854,13 @@ class LAMB(torch.optim.Optimizer):
                 state["t"] += 1
                 m = state["m"].lerp_(w.grad, 1 - beta1)
                 v = state["v"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
-                m, v = m / (1 - beta1 ** state["t"]), v / (1 - beta2 ** state["t"])
+                m = m / (1 - beta1 ** state["t"])
+                v = v / (1 - beta2 ** state["t"])
                 u = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * w
                 ratio = 1.0
                 if group["weight_decay"]:
-                    of_w, of_u = w.norm(), u.norm()
+                    of_w = w.norm()
+                    of_u = u.norm()
                     ratio = torch.where((of_w > 0) & (of_u > 0), of_w / of_u, 1.0)
                 w.sub_(group["lr"] * ratio * u)
 
@@ -849,11 +877,14 @@ def evaluate_pixels(model, data, args, process, amp):
     """Mean IoU and pixel accuracy in %, over every labelled pixel of all images at their own size.
     A class that is neither there nor found is left out of the mean.
     """
-    n, read, mine = len(data.classes), 0, range(process.rank, len(data), process.world)
+    n = len(data.classes)
+    read = 0
+    mine = range(process.rank, len(data), process.world)
     confusion = torch.zeros(n * n, dtype=torch.float64)
     model.eval()
     for images in data.whole(mine, args.workers):
-        found, labels = classes_of(model, images, args, process.device, amp), images[:, 3].long()
+        found = classes_of(model, images, args, process.device, amp)
+        labels = images[:, 3].long()
         pairs = (labels * n + found)[labels != 255]
         confusion += torch.bincount(pairs, minlength=n * n)
         read += len(images)
@@ -956,7 +987,9 @@ def match(iou, crowd, area, area_found):
     that does not count.
     """
     low, high = np.array([*SIZES.values()]).T[:, :, None, None]
-    iou, crowd, area = np.pad(iou, [(0, 0), (0, 1)]), np.append(crowd, True), np.append(area, 0)
+    iou = np.pad(iou, [(0, 0), (0, 1)])
+    crowd = np.append(crowd, True)
+    area = np.append(area, 0)
     ignored = crowd | (area < low) | (area > high)  # (sizes, 1, t + 1): the last is nobody's
     outside = (area_found < low) | (area_found > high)  # (sizes, 1, f)
     free = np.ones((len(SIZES), len(THRESHOLDS), len(crowd)), bool)
@@ -984,8 +1017,10 @@ def average_precision(images):
             rows = [image[kind, label] for image in images if (kind, label) in image]
             scores, right, objects = zip(*rows)
             order = np.argsort(-np.concatenate(scores), kind="stable")
-            right, objects = np.concatenate(right, axis=2)[..., order], sum(objects)
-            hits, misses = (right == 1).cumsum(2), (right == 0).cumsum(2)
+            right = np.concatenate(right, axis=2)[..., order]
+            objects = sum(objects)
+            hits = (right == 1).cumsum(2)
+            misses = (right == 0).cumsum(2)
             precision = hits / np.maximum(hits + misses, 1)
             precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
             precision = np.pad(precision, [(0, 0), (0, 0), (0, 1)])  # 0 where no recall is so high
@@ -1043,13 +1078,17 @@ def drawn(image, objects, classes):
 def evaluate(model, data, args, process, amp):
     """Top-1 and top-5 in % over all images, each counted once however many processes share them."""
     size = [args.test_size] * 2 if args.test_size else args.img_size
-    rows, first, fifth, seen = torch.arange(len(data))[process.rank::process.world], 0, 0, 0
+    rows = torch.arange(len(data))[process.rank::process.world]
+    first = 0
+    fifth = 0
+    seen = 0
     model.eval()
     for views, labels in data.plain(rows, 256, size, process.device, args.workers, args.test_crop):
         with amp():
             scores = finite(model(views).float())
         hit = scores.topk(min(5, len(data.classes))).indices == labels[:, None]
-        first, fifth = first + hit[:, 0].sum().item(), fifth + hit.sum().item()
+        first += hit[:, 0].sum().item()
+        fifth += hit.sum().item()
         seen += len(labels)
     model.train()
     first, fifth, seen = sum_over_processes([first, fifth, seen], process)

@@ -303,7 +303,8 @@ class ViT(Encoder):
         x = self.normalize(images).view(B, C, gh, p, gw, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(B, gh * gw, C * p * p)  # (B, N, C p p)
         position = self.pos_embed  # (1, 1 + N, D)
-        index, grids = self.relative_index, None
+        index = self.relative_index
+        grids = None
         if grid != self.grid:
             grids = self.grid, grid
             position = resize_positions(position, *grids)
@@ -368,8 +369,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 class Convolution(nn.Conv2d):
     """A convolution, on a CPU one matrix product where the result has fewer than 64 positions. With
-    AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory), and up to 2.14 is
-    wrong (3x3, stride 2) on a map 2 wide and 3 or more high: it returns memory that nobody wrote.
+    AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory). Of a 3x3 kernel
+    with stride 2, on a map 2 wide and 3 or more high, it returns memory that nobody wrote (up to
+    torch 2.14).
     """
 
     def __init__(self, channels, out, kernel, stride=1, bias=False):
@@ -590,8 +592,8 @@ conv_norm = functools.partial(ops.Conv2dNormActivation, norm_layer=BatchNorm)
 
 class Pyramid(nn.Module):
     """An encoder's four maps at four strides. A ResNet's have them: 4, 8, 16, 32. A ViT's are
-    brought to 1/4, 1/2, 1 and 2 patches: twice and once a transposed convolution, as it is, and
-    max-pooling. widths: of the maps.
+    brought to 1/4, 1/2, 1 and 2 patches by two, one and no transposed convolution, and max-pooling.
+    widths: of the maps.
     """
 
     def __init__(self, encoder):
@@ -623,7 +625,8 @@ class UperNet(nn.Module):
 
     def __init__(self, encoder, classes, width):
         super().__init__()
-        self.pyramid, self.branches = Pyramid(encoder), encoder.branches
+        self.pyramid = Pyramid(encoder)
+        self.branches = encoder.branches
         *lower, top = self.pyramid.widths
         self.pools = nn.ModuleList(conv_norm(top, width, 1) for _ in (1, 2, 3, 6))
         self.top = conv_norm(top + 4 * width, width, 3)
@@ -671,7 +674,9 @@ class Neck(nn.Module):
 
     def __init__(self, encoder, kind, width):
         super().__init__()
-        self.pyramid, self.fpn, self.drop = Pyramid(encoder), None, None
+        self.pyramid = Pyramid(encoder)
+        self.fpn = None
+        self.drop = None
         self.out_channels = encoder.widths[3] if kind == "c4" else width
         if kind == "fpn":
             self.fpn = ops.FeaturePyramidNetwork(self.pyramid.widths, width,
@@ -757,7 +762,8 @@ class Detector(nn.Module):
             raise ValueError(f"patch size {encoder.patch_size}: a detector's is a power of two")
         anchors = [[n * 2 ** i] for i in range(5)]
         if kind == "c4":
-            anchors, width = [sum(anchors, [])], 256
+            anchors = [sum(anchors, [])]
+            width = 256
             stage = nn.Sequential(encoder.layer4, BatchNorm(encoder.dim))
             boxes = nn.Sequential(stage, nn.AdaptiveAvgPool2d(1), nn.Flatten())
             pool = ops.MultiScaleRoIAlign(["0"], 14, 2)
@@ -765,7 +771,8 @@ class Detector(nn.Module):
                          mask_roi_pool=pool)
             top = in_mask = encoder.dim
         else:
-            top, in_mask = 4 * width, width
+            top = 4 * width
+            in_mask = width
             heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(width * 49, top),
                          mask_head=detection.mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1))
         anchors = detection.rpn.AnchorGenerator(anchors, [[0.5, 1.0, 2.0]] * len(anchors))

@@ -60,10 +60,12 @@ def main(argv=None):
     # options, processes, data
     args = options(argv)
     process = set_up(args.device)
-    device, on_first = process.device, process.rank == 0
+    device = process.device
+    on_first = process.rank == 0
     data = load_data(args, process)
     settle(args, process, data)
-    size, p = tuple(args.img_size), args.patch_size
+    size = tuple(args.img_size)
+    p = args.patch_size
 
     # the model and its optimiser
     torch.manual_seed(args.seed)
@@ -96,7 +98,10 @@ def main(argv=None):
     views = data.batches(wanted, tuple(args.view), args.crop, args.seed, device, args.workers)
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received = remember_signals(on_first)
-    clock, timed, waited, unread = time.perf_counter(), 0, 0.0, []
+    clock = time.perf_counter()
+    timed = 0
+    waited = 0.0
+    unread = []
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr)
@@ -121,7 +126,8 @@ def main(argv=None):
         norm = clipped_norm(model, args.clip)
 
         # how all processes stand; what cannot go on stops here, before it is saved
-        timed, done = timed + 1, step + 1
+        timed += 1
+        done = step + 1
         unread.append(torch.stack([loss, norm]))
         found, leaving = agree(unread, received, done, args, data, process)
         recent += found
@@ -141,7 +147,10 @@ def main(argv=None):
             log(args, process, step=done, epoch=done * args.batch_size / len(data), lr=lr,
                 loss=float(np.mean(recent)), grad_norm=float(norm), images_per_s=round(speed, 1),
                 data_wait=round(waited / (time.perf_counter() - clock), 4))
-            recent, clock, timed, waited = [], time.perf_counter(), 0, 0.0
+            recent = []
+            clock = time.perf_counter()
+            timed = 0
+            waited = 0.0
         if leaving or due(done, args.save_every, args):
             paused = time.perf_counter()
             save(done, args, process, state, recent, recovery_sheet(model, shown, args, amp))
@@ -174,7 +183,7 @@ PAPERS = {
 SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, lr=1.5e-3, batch_size=256,
              warmup_share=0.05)
 SMALL_MAPS = dict(SMALL, img_size=[64], patch_size=8)
-SMALL_EPOCHS = {("shapes", "BM"): 15, ("shapes", "A2"): 10, ("shapes", "maps"): 5,
+SMALL_EPOCHS = {("drawn", "BM"): 15, ("drawn", "A2"): 10, ("drawn", "maps"): 5,
                 ("small", "BM"): 12, ("small", "A2"): 6, ("small", "maps"): 3}
 BUILT_IN = ("shapes", "scenes")
 SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
@@ -184,7 +193,7 @@ SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
 def kind_of(data):
     """The kind of --data, for recipe and loading."""
     if data in BUILT_IN or data in SETS:
-        return "shapes" if data in BUILT_IN else "small"
+        return "drawn" if data in BUILT_IN else "small"
     check(os.path.isdir(data), f"--data {data} is no folder, nor one of {', '.join(BUILT_IN)}, "
           f"{', '.join(SETS)}")
     return "folder"
@@ -194,7 +203,9 @@ def recipe(chosen):
     """The defaults for what is read first: the paper's, then what differs for a network, a small
     set, a small size, and the number of images in a folder.
     """
-    data, model, kind = chosen.data, chosen.model, kind_of(chosen.data)
+    data = chosen.data
+    model = chosen.model
+    kind = kind_of(chosen.data)
     paper = degrade.TASKS[chosen.task].paper
     maps = model is not None and not models.MODELS[model].family.tokens
     defaults = dict(PAPERS[paper], recipe=f"{paper}'s", fitted=None)
@@ -383,7 +394,8 @@ def settle(args, process, data):
     the view, the share of each process, the folder.
     """
     settings = args.settings
-    layer, fill = models.token_layer(args.model, args.token_at), settings["fill"]
+    layer = models.token_layer(args.model, args.token_at)
+    fill = settings["fill"]
     if layer == "decoder":
         fill = None  # hidden patches are dropped
     elif not settings["mask_ratio"]:
@@ -394,7 +406,8 @@ def settle(args, process, data):
           f"does nothing with --token_at {args.token_at} and --mask_ratio {settings['mask_ratio']}")
     if layer != "decoder" and args.decoder == models.MODELS[args.model].decoder:
         args.decoder = None  # the default, where there is none
-    args.token_at, settings["fill"] = "none" if layer is None else layer, fill
+    args.token_at = "none" if layer is None else layer
+    settings["fill"] = fill
     args.freq = [args.freq_weight, args.freq_alpha, args.freq_batch_mean]
     share_out(args, process, data)
     args.view = degrade.view_size(args.task, args.img_size, settings["view_size"])
@@ -415,9 +428,10 @@ def settle(args, process, data):
 def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
     args.img_size = two_sides(args.img_size)
-    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it enlarges
+    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there a scale
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
-    batch, world = args.batch_size, process.world
+    batch = args.batch_size
+    world = process.world
     ways = [args.accum] if args.accum else range(1, batch + 1)
     ways = [a for a in ways if batch % (world * a) == 0]
     check(ways, f"--batch_size {batch} cannot be shared by {world} processes x --accum "
@@ -425,7 +439,7 @@ def share_out(args, process, data):
     args.accum = next((a for a in ways if batch // (world * a) <= args.at_once), ways[-1])
     args.micro_batch = batch // (world * args.accum)
     args.peak_lr = args.lr * batch / 256  # linear scaling
-    args.images, args.contents, args.channels = len(data), data.contents, data.channels
+    args.contents = data.contents
     args.total = args.steps or math.ceil(args.epochs * len(data) / batch)
     warmup = args.total * args.warmup_share
     if args.warmup is not None:
@@ -628,8 +642,8 @@ def due(done, every, args):
 
 def agree(unread, received, done, args, data, process):
     """The losses of the steps in `unread`, means over the processes, and whether one of these was
-    sent a signal. To read is to wait for a GPU: there it is done where a line is logged, a
-    checkpoint saved, or the run left. Else: none, False.
+    sent a signal. Reading waits for a GPU. There it is done only before a log line, a checkpoint,
+    or leaving; else: [], False.
 
     unread: the loss and the gradient's norm (2,) of each step up to `done`. Failed when one of them
     is not finite (fp16's scaler leaves out a step of such a norm), or when more than 1% of this
@@ -655,7 +669,7 @@ def agree(unread, received, done, args, data, process):
 
 
 def refuse_bad(data, bad, process):
-    """Failed when `bad` images, over all processes, are more than 1%. Two may have met the same."""
+    """Failed when more than 1% of the images are bad. One that two processes met counts once."""
     if bad > 0.01 * len(data):
         files = sorted({what for names in gather(list(data.bad), process) for what in names})
         bad = min(bad, len(files))
@@ -676,7 +690,8 @@ def samples(step, batch, length, seed):
     permutation of all images. A batch may begin in one epoch and end in the next.
     """
     position = torch.arange(step * batch, (step + 1) * batch)
-    epochs, within = position // length, position % length
+    epochs = position // length
+    within = position % length
     index = torch.empty_like(position)
     for epoch in epochs.unique().tolist():
         index[epochs == epoch] = order(length, seed, epoch)[within[epochs == epoch]]
@@ -704,7 +719,9 @@ def crop_boxes(u, height, width, scale):
     w = np.maximum(1, np.rint(np.sqrt(area * aspect)))
     h = np.maximum(1, np.rint(np.sqrt(area / aspect)))
     fits = (w <= width) & (h <= height)
-    rows, first, fitting = np.arange(len(u)), fits.argmax(1), fits.any(1)
+    rows = np.arange(len(u))
+    first = fits.argmax(1)
+    fitting = fits.any(1)
     h = np.where(fitting, h[rows, first], min(height, round(width * 4 / 3)))
     w = np.where(fitting, w[rows, first], min(width, round(height * 4 / 3)))
     top = np.floor(np.where(fitting, u[:, 20], 0.5) * (height - h + 1))
@@ -726,9 +743,13 @@ class MemorySet:
 
     def __init__(self, images, labels, classes, name):
         check(images.dtype == torch.uint8, f"images are uint8, not {images.dtype}")
-        self.images, self.labels, self.classes, self.name = images, labels, classes, name
+        self.images = images
+        self.labels = labels
+        self.classes = classes
+        self.name = name
         self.channels = images.shape[1]
-        self.contents, self.found = f"{name} {len(labels)}", f"{len(labels):,} images"
+        self.contents = f"{name} {len(labels)}"
+        self.found = f"{len(labels):,} images"
 
     def __len__(self):
         return len(self.labels)
@@ -751,7 +772,8 @@ class MemorySet:
             places = samples(step, batch, len(self), seed)[rows]
             u = torch.rand(batch, 23, generator=seeded(seed, CROP, step))[rows]
             box = torch.from_numpy(crop_boxes(u.numpy(), *self.images.shape[2:], scale))
-            images, box = self.get(places[:, 1], device), degrade.moved(box, device)
+            images = self.get(places[:, 1], device)
+            box = degrade.moved(box, device)
             view = degrade.crop_resize(images, box, size, cubic=True).clamp(0, 1)
             turned = degrade.moved(u[:, 22] < 0.5, device).view(-1, 1, 1, 1)
             view = torch.where(turned, view.flip(3), view)
@@ -782,7 +804,7 @@ def coco_file(data, split):
 
 def inner(data, split):
     """A folder's own folder for a split (also in ADE20K's and COCO's layouts), or all of it.
-    `train` without `val` is a class, if a folder beside it holds images.
+    Without `val`, `train` is a class if a folder beside it has images.
     """
     file = coco_file(data, split)
     if file:
@@ -818,17 +840,23 @@ def unreadable(error):
 
 @functools.lru_cache(maxsize=4)
 def image_files(folder, labelled=False, only=()):
-    """The sorted names of all images below a folder, or `only` some folders in it, relative to it,
-    and in words how many hidden or system names and files of other kinds are no part of them. Links
-    are followed, into no folder twice; labelled: but by two classes.
+    """The names of all images below a folder, or `only` some folders in it, sorted and relative to
+    it; and in words what was left out. Links are followed. No folder is read twice, but for two
+    classes if labelled.
     """
-    found, seen, passed, others, absent = [], set(), 0, 0, set()
+    found = []
+    seen = set()
+    passed = 0
+    others = 0
+    absent = set()
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         hidden = {name for name in folders + names if is_hidden(name)}
         folders[:] = sorted(set(folders) - hidden)
         inside = os.path.relpath(where, folder)
         if only and inside == ".":
-            absent, names, folders[:] = {*only} - {*folders}, [], sorted({*only} & {*folders})
+            absent = {*only} - {*folders}
+            names = []
+            folders[:] = sorted({*only} & {*folders})
         here = os.path.realpath(where), inside.split(os.sep)[0] * labelled
         if here in seen or {"config.json", "log.jsonl"} <= set(names):  # a run's own pictures
             folders.clear()
@@ -858,7 +886,8 @@ class FolderSet(Dataset):
     collate = None  # the loader's own
 
     def __init__(self, folder, labelled=False, classes=None, only=None):
-        self.folder, self.bad = folder, {}  # bad: what cannot be read, its last epoch
+        self.folder = folder
+        self.bad = {}  # what cannot be read, its last epoch
         self.names, left = image_files(folder, labelled, tuple(only or ()))
         self.found = f"{len(self.names):,} images in {folder}" + f" ({left})" * bool(left)
         of = [os.path.dirname(os.fsdecode(name)).split("/")[0] if labelled else ""
@@ -881,7 +910,8 @@ class FolderSet(Dataset):
     def keep(self, rows):
         """The set of these rows alone."""
         less = copy.copy(self)
-        less.names, less.labels = self.names[rows.numpy()], self.labels[rows]
+        less.names = self.names[rows.numpy()]
+        less.labels = self.labels[rows]
         less.found = f"{len(rows):,} of {self.found}"
         return less
 
@@ -940,7 +970,8 @@ class FolderSet(Dataset):
             if index.min() < 0:
                 if epoch.max() >= 0:
                     raise Failed(f"{list(self.bad)[-1]}; nor can 99 others be read")
-                view, index = view[index >= 0], index[index >= 0]
+                view = view[index >= 0]
+                index = index[index >= 0]
             if len(index):
                 yield self.to_device(view, device), degrade.moved(self.labels[index], device)
 
@@ -963,9 +994,10 @@ def load_data(args, process, split="train", labelled=False, classes=None):
     """--data as a set with .channels, .labels, .classes, .batches(...), .plain(...). split: "train"
     or "val". labelled: a folder must be DIR/SPLIT/<class>/..., of `classes` where they are known.
     """
-    train, kind = split == "train", kind_of(args.data)
+    train = split == "train"
+    kind = kind_of(args.data)
     check(kind == "folder" or not args.only, f"--classes: {args.data} is no folder")
-    if kind == "shapes":
+    if kind == "drawn":
         check(args.data == "shapes" or not labelled,
               f"--data {args.data}: its images have no class of their own, choose another --data")
         drawn = built_in(args.data, train)
@@ -987,7 +1019,8 @@ def load_data(args, process, split="train", labelled=False, classes=None):
         labels = torch.as_tensor(made.labels if args.data == "stl10" else made.targets).long()
         return MemorySet(images, labels, made.classes, f"{args.data} {split}")
 
-    folder, only = inner(args.data, split), args.only
+    folder = inner(args.data, split)
+    only = args.only
     if not train and not labelled:  # to look at
         folder = inner(args.data, "train") if folder == args.data else folder
         only = [name for name in only or () if os.path.isdir(os.path.join(folder, name))]
@@ -1046,7 +1079,8 @@ class Drawn:
     ten shapes on a ground. The label is the shape alone: colours, faint stripes, background,
     position, size, turn and aspect are random. The object fills more than half of the width.
     """
-    device, dtype = torch.device("cpu"), torch.uint8
+    device = torch.device("cpu")
+    dtype = torch.uint8
 
     def __init__(self, n, size=48, seed=0):
         generator = seeded(seed, n, size)
@@ -1137,7 +1171,8 @@ def draw_shapes(shapes, size):
         turn = 2 * r[2] - 1
         x = axis - (2 * r[3] - 1) * (1.05 - radius)
         y = axis[:, None] - (2 * r[4] - 1) * (1.05 - radius)
-        u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+        u = x * turn.cos() + y * turn.sin()
+        v = y * turn.cos() - x * turn.sin()
         inside = outline(u / radius * aspect, v / radius / aspect) * radius * size / 2
         inside = inside[:, None]  # (k, 1, size, size)
 
@@ -1205,8 +1240,11 @@ def begin(args, process, state):
     """Open --out, and go on from args.origin -> the first step, the losses not yet in the log.
     state: {name: what has a state_dict()}.
     """
-    start, recent, lines = 0, [], []
-    last, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    start = 0
+    recent = []
+    lines = []
+    last = args.out / "checkpoint.pt"
+    log_file = args.out / "log.jsonl"
     mine = args.origin and args.origin.resolve() == last.resolve()
     check(len(set(gather(last.exists(), process))) == 1, f"not all processes see the same "
           f"{args.out}: --out must be one folder for all machines")
@@ -1226,7 +1264,8 @@ def begin(args, process, state):
         for name, part in state.items():
             if old[name]:  # a scaler's may be empty
                 part.load_state_dict(old[name])
-        start, recent = old["step"], old["recent"]
+        start = old["step"]
+        recent = old["recent"]
     if mine and log_file.exists():  # each step stands once, and whole
         try:
             lines = [line for line in log_file.read_text().splitlines(True)
@@ -1270,7 +1309,9 @@ def recover(model, view, args, generator, amp, token=True):
 
     The mean and contrast of normalised patches are borrowed from the view.
     """
-    size, p, training = tuple(args.img_size), args.patch_size, model.training
+    size = tuple(args.img_size)
+    p = args.patch_size
+    training = model.training
     d = degrade.degrade(view, args.task, size, p, generator, **args.settings)
     model.eval()
     with amp():
@@ -1341,8 +1382,9 @@ WAYS_OUT = {
 
 
 def command(main, argv=None):
-    """main()'s exit code; or one line for what was refused (2), failed (1) or interrupted (130)."""
-    line, first = "", os.environ.get("LOCAL_RANK", "0") == "0"
+    """main()'s exit code, and one line that says why it is not 0."""
+    line = ""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that it cannot encode
@@ -1353,11 +1395,14 @@ def command(main, argv=None):
     except (Exception, KeyboardInterrupt) as error:
         by_hand = traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise")
         if isinstance(error, KeyboardInterrupt):
-            code, line = 130, "stopped by Ctrl-C, without saving" if first else ""
+            code = 130
+            line = "stopped by Ctrl-C, without saving" if first else ""
         elif isinstance(error, Failed):
-            code, line = 1, str(error)
+            code = 1
+            line = str(error)
         elif isinstance(error, ValueError) and by_hand and "Traceback" not in str(error):
-            code, line = 2, str(error) if first else ""  # it is refused, by all processes alike
+            code = 2
+            line = str(error) if first else ""  # it is refused, by all processes alike
         else:
             code = 1
             line = next((f"{str(error).splitlines()[0]}: {way}" for sign, way in WAYS_OUT.items()

@@ -22,8 +22,9 @@ import models
 import pretrain
 from pretrain import check, learning_rate, positive_int, precision, samples, seeded
 
-LINEAR, BLOCKS = 102, 103  # further streams of random numbers
-BATCH, STORE = 256, 4 * 2 ** 30  # images at once; most bytes of tokens kept
+LINEAR, BLOCKS = range(102, 104)  # further streams of random numbers
+BATCH = 256  # images at once
+STORE = 4 * 2 ** 30  # most bytes of tokens kept
 STEPS = 2000  # of a fit to a small set, at least
 
 
@@ -32,7 +33,8 @@ def main(argv=None):
     process = pretrain.set_up(args.device)
     check(process.world == 1, f"one process, not {process.world}: start it with python")
     data, val = finetune.labelled_data(args, process)
-    classes, amp = len(data.classes), precision(args, process.device)
+    classes = len(data.classes)
+    amp = precision(args, process.device)
     args.epochs = args.epochs or max(20, math.ceil(STEPS / math.ceil(len(data) / BATCH)))
     model = load_model(args, weights, data.channels, process)
     print(f"{args.model} from {args.weights} on {args.data}, {data.found} of {classes} classes, "
@@ -125,7 +127,10 @@ def all_features(model, data, args, process, amp, blocks=False):
     """Features (n, D) and labels (n,) of all readable images, and for `blocks` their tokens
     (n, T, D), or None where they would take more than STORE bytes.
     """
-    n, at, tokens, labels = len(data), 0, None, []
+    n = len(data)
+    at = 0
+    tokens = None
+    labels = []
     features = torch.empty(n, model.dim, device=process.device)
     found = encode(model, data, torch.arange(n), args, process, amp)
     for z, t, y in tqdm(found, "features", math.ceil(n / BATCH), leave=False):
@@ -151,7 +156,9 @@ def knn(train, labels, test, classes, k=20, temperature=0.07):
     """The votes for each class (m, classes) of the k training features (n, D) nearest to each test
     feature (m, D). A vote counts exp(s / temperature), s the cosine similarity.
     """
-    k, length, votes = min(k, len(train)), train.norm(dim=1).clamp(min=1e-12), []
+    k = min(k, len(train))
+    length = train.norm(dim=1).clamp(min=1e-12)
+    votes = []
     for rows in test.split(max(1, 2 ** 27 // len(train))):  # half a GiB of similarities at once
         s = (F.normalize(rows, dim=1) @ train.T).div_(length)
         near, which = s.topk(k)
@@ -172,7 +179,9 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for w in group["params"]:
-                g, of_w, of_g = w.grad, w.norm(), w.grad.norm()
+                g = w.grad
+                of_w = w.norm()
+                of_g = w.grad.norm()
                 if w.ndim > 1:
                     g = g * torch.where((of_w > 0) & (of_g > 0), 0.001 * of_w / of_g, 1.0)
                 m = self.state[w].setdefault("momentum", torch.zeros_like(w)).mul_(0.9).add_(g)
@@ -194,22 +203,23 @@ def linear_probe(train, labels, classes, vit, seed=0):
     nn.init.normal_(linear.weight, std=0.01, generator=seeded(seed, LINEAR))
     nn.init.zeros_(linear.bias)
     if vit:
-        norm, batch = nn.BatchNorm1d(D, affine=False, eps=1e-6), min(16384, n)
+        norm = nn.BatchNorm1d(D, affine=False, eps=1e-6)
+        batch = min(16384, n)
         head = nn.Sequential(norm, linear).to(train.device)
         optimizer = LARS(linear.parameters(), lr=6.4)
         total = max(90 * (n // batch), STEPS)
+        rate = total // 9, 6.4
     else:
-        head, batch = nn.Sequential(linear).to(train.device), min(256, n)
+        head = nn.Sequential(linear).to(train.device)
+        batch = min(256, n)
         optimizer = torch.optim.SGD(linear.parameters(), lr=30, momentum=0.9)
         total = math.ceil(100 * n / batch)
+        rate = 0, 30, "step", (0.6, 0.8)
     for step in tqdm(range(total), desc="linear probe", unit="step", leave=False):
         rows = slice(None)
         if batch < n:
             rows = samples(step, batch, n, seed)[:, 1].to(train.device)
-        lr = learning_rate(step, total, total // 9, 6.4)
-        if not vit:
-            lr = learning_rate(step, total, 0, 30, "step", (0.6, 0.8))
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = learning_rate(step, total, *rate)
         optimizer.zero_grad()
         F.cross_entropy(head(train[rows]), labels[rows]).backward()
         optimizer.step()
@@ -223,7 +233,8 @@ class BlocksProbe(nn.Module):
         super().__init__()
         self.pooled = pooled  # the slice of tokens that are averaged
         self.blocks = nn.ModuleList(models.Block(dim, heads) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, classes)
         self.apply(models.xavier)
 
     def forward(self, tokens):
@@ -239,7 +250,8 @@ def blocks_probe(model, data, val, train, test, args, process, amp):
     each epoch. BM gives no recipe. Ours is AdamW, batch 256, lr 1e-3, weight decay 0.05, cosine, a
     tenth of warm-up, no augmentation.
     """
-    vit, device = model.tokens, process.device
+    vit = model.tokens
+    device = process.device
     torch.manual_seed(args.seed)
     heads = model.heads if vit else max(1, model.dim // 64)
     pooled = slice(1) if vit and args.pool == "cls" else slice(int(vit), None)
