@@ -82,7 +82,8 @@ def main(argv=None):
 
     picture = file.with_suffix(".png")
     if pictures:
-        stacked(pictures).save(picture)
+        page = stacked(pictures)
+        pretrain.write_whole(picture, lambda file: page.save(file, "PNG"))
     drawn = pictures or draw(panels(numbers), picture)
     print(file, picture if drawn else "")
 
@@ -413,7 +414,7 @@ def draw(panels, path):
         axis.set(xlabel=panel.pop("x"), ylabel=panel.pop("y"), **panel)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    pretrain.write_whole(path, lambda file: figure.savefig(file, dpi=110))
     pyplot.close(figure)
     return True
 

@@ -417,6 +417,7 @@ def settle(args, process, data):
     changed = vars(args).pop("changed")
     for cause, idle, names in (
             ("with --mask_ratio 0", not settings["mask_ratio"], {"mask_kind", "mask_unit"}),
+            ("with --warp wave", settings.get("warp") == "wave", {"twist"}),
             (f"with --token_at {args.token_at}", layer in ("decoder", None), {"token_how"}),
             ("with --freq_weight 0", not args.freq_weight, {"freq_alpha", "freq_batch_mean"}),
             ("without an outer band", [*target.shape[2:]] == args.img_size, {"band_weight"})):
