@@ -351,7 +351,7 @@ def jobs(args, data, arm, seed):
         name, _, of_tuned = FIGURES[measure]
         of = tuned if of_tuned or arm == "supervised" else weights
         argv = ["analyze.py", name, of, *machine]
-        if name == "interaction":  # a noise of about a tenth of the value
+        if name == "interaction":  # a noise of .1 to .3 of the value, by estimate
             argv += ["--images", 8, "--pairs", 4, "--contexts", 400]
         found.append(Job(out / f"{name}-{arm}-{seed}", {}, [*map(str, argv)], measure))
     return found
