@@ -83,7 +83,7 @@ def main(argv=None):
     picture = file.with_suffix(".png")
     if pictures:
         page = stacked(pictures)
-        pretrain.write_whole(picture, lambda file: page.save(file, "PNG"))
+        pretrain.write_whole(picture, lambda out: page.save(out, "PNG"))
     drawn = pictures or draw(panels(numbers), picture)
     print(file, picture if drawn else "")
 
@@ -414,7 +414,7 @@ def draw(panels, path):
         axis.set(xlabel=panel.pop("x"), ylabel=panel.pop("y"), **panel)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    pretrain.write_whole(path, lambda file: figure.savefig(file, dpi=110))
+    pretrain.write_whole(path, lambda out: figure.savefig(out, format="png", dpi=110))
     pyplot.close(figure)
     return True
 
@@ -449,7 +449,7 @@ def of_maps(run, data, rows, process, value):
     layers = [torch.cat(parts).double() for parts in zip(*found)]  # (n, values)
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
     errors = [(x.var(0, correction=0) / max(len(x) - 1, 1)).sqrt().tolist() for x in layers]
-    blocks = [len(stage) for stage in model.stages]  # a ResNet's last maps are one a block
+    blocks = [len(stage) for stage in model.stages]  # a ResNet has a map each, after two others
     starts = len(layers) - np.cumsum(blocks[::-1])[::-1]
     return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors,
                 stages=((starts + 0.5) / len(layers)).tolist() if len(blocks) > 1 else [])

@@ -39,7 +39,7 @@ def pair(size):
 
 def moved(x, device):
     """x on the device. A copy to CUDA is from pinned memory, and is not waited for. One to Apple's
-    GPU is: x might be freed before.
+    GPU is: x might be freed before it is read.
     """
     cuda = torch.device(device).type == "cuda" and not x.is_cuda
     return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
@@ -242,8 +242,8 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
 
 
 def others_patches(images, p, generator, within):
-    """Each p x p patch from another image: (B, C, H, W). Four images in a row exchange theirs, so a
-    batch may be split into fours.
+    """Each p x p patch from another image, one of the three others of four in a row: (B, C, H, W).
+    So a batch may be split into fours.
     """
     B, _, H, W = images.shape
     whole = not within or B == within[1]

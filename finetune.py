@@ -224,7 +224,8 @@ RECIPES = {
 
 def open_run(weights, chosen, trains=False):
     """What the file of --weights holds, but the optimiser, or None; its run's configuration, or {};
-    and the defaults of all other options. trains False: images are shown as the run measured them.
+    and the defaults of the options that follow from these and from `chosen`. trains False: images
+    are shown as the run measured them.
     """
     held = None if weights == "none" else models.read_weights(weights)
     run = (held or {}).get("config") or {}
@@ -662,8 +663,8 @@ def mask_of(segmentation, height, width):
 
 
 def run_lengths(text):
-    """COCO's compressed run lengths: numbers of 5 bits a character, from the fourth on less the one
-    two before.
+    """COCO's compressed run lengths: numbers of 5 bits a character. From the fourth on it is each's
+    difference from the number two before.
     """
     counts = []
     number = 0

@@ -369,9 +369,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 class Convolution(nn.Conv2d):
     """A convolution, on a CPU one matrix product where the result has fewer than 64 positions. With
-    AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory). Of a 3x3 kernel
-    with stride 2, on a map 2 wide and 3 or more high, it returns memory that nobody wrote (up to
-    torch 2.14).
+    AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory). With a 3x3 kernel
+    of stride 2, on a map 2 wide and 3 or more high, torch's (up to 2.14) returns memory that nobody
+    wrote.
     """
 
     def __init__(self, channels, out, kernel, stride=1, bias=False):

@@ -429,7 +429,7 @@ def settle(args, process, data):
 def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
     args.img_size = two_sides(args.img_size)
-    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there a scale
+    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it is a scale
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
     batch = args.batch_size
     world = process.world
@@ -670,7 +670,9 @@ def agree(unread, received, done, args, data, process):
 
 
 def refuse_bad(data, bad, process):
-    """Failed when more than 1% of the images are bad. One that two processes met counts once."""
+    """Failed when `bad` images, over all processes, are more than 1%. One that two processes met
+    counts once.
+    """
     if bad > 0.01 * len(data):
         files = sorted({what for names in gather(list(data.bad), process) for what in names})
         bad = min(bad, len(files))
@@ -1383,7 +1385,9 @@ WAYS_OUT = {
 
 
 def command(main, argv=None):
-    """main()'s exit code, and one line that says why it is not 0."""
+    """main()'s exit code. What was refused (2), failed (1) or interrupted (130) gets one line, an
+    unknown error (1) its traceback.
+    """
     line = ""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):

@@ -201,7 +201,7 @@ def made(labelled, tmp_path_factory):
 def do(made, tmp_path, capfd, monkeypatch):
     """do("NAME RUN ...") -> (exit code, what it said, its finite numbers), of all 13 images."""
     with contextlib.suppress(ImportError):  # curves are plotted, test_readme.py renders them
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, dpi: None)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **how: None)
 
     def go(text):
         name, *argv = text.split()
