@@ -99,9 +99,9 @@ def main(argv=None):
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received = remember_signals(on_first)
     clock = time.perf_counter()
-    timed = 0
-    waited = 0.0
-    unread = []
+    timed = 0  # steps since then
+    waited = 0.0  # seconds of them, for data
+    unread = []  # losses and norms, as `agree` takes them
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr)
