@@ -663,8 +663,8 @@ def mask_of(segmentation, height, width):
 
 
 def run_lengths(text):
-    """COCO's compressed run lengths: numbers of 5 bits a character. From the fourth on it is each's
-    difference from the number two before.
+    """COCO's compressed run lengths: numbers of 5 bits a character. The fourth and later ones are
+    differences from the number two before.
     """
     counts = []
     number = 0

@@ -647,7 +647,8 @@ def panels(args):
         right.set_ylabel(f"squares: the paper's, {of}, %")
         if len(lines) > 1:
             ax.legend(loc="lower right")
-    pretrain.write_whole(args.out / "figures/claims.png", figure.savefig)
+    pretrain.write_whole(args.out / "figures/claims.png",
+                         lambda out: figure.savefig(out, format="png"))
     print(f"drawn: {args.out / 'figures/claims.png'}")
 
 
