@@ -48,7 +48,7 @@ def main(argv=None):
     check(process.world == 1, f"one process, not {process.world}: start it with python")
     data = rows = None
     if args.name == "curves":
-        runs = [argparse.Namespace(label=label, weights=path)
+        runs = [argparse.Namespace(label=label, weights=path, network=None)
                 for label, path in zip(labels_of(args.runs), args.runs)]
     else:
         runs = open_runs(args)
@@ -69,10 +69,14 @@ def main(argv=None):
     numbers = found["runs"]
     pictures = []
     for run in runs:
-        known = numbers.get(run.label, {}).get("weights") == run.weights
+        own = dict(weights=run.weights, network=run.network)
+        known = numbers.get(run.label)
+        while known and not own.items() <= known.items():  # another run of this name
+            run.label += "'"
+            known = numbers.get(run.label)
         if not known or args.name == "reconstruct":  # its picture is not kept
             with torch.inference_mode():
-                numbers[run.label] = dict(measure(run, data, rows, process), weights=run.weights)
+                numbers[run.label] = dict(measure(run, data, rows, process), **own)
             pretrain.write_text(file, json.dumps(found, allow_nan=False))
         line = ", ".join(f"{k} {v:.4g}" for k, v in numbers[run.label].items()
                          if isinstance(v, (int, float)))
@@ -101,9 +105,9 @@ def options(argv=None):
         if name == "curves":
             continue
         o("--data", help="a folder or a set by name; None: that of the first run")
-        o("--model", choices=models.MODELS, metavar="MODEL", help="of a file of weights alone")
+        o("--model", choices=models.MODELS, metavar="MODEL", help="default: that of each run")
         pretrain.first_options(o)
-        finetune.encoder_options(o)
+        finetune.encoder_options(o, pools=name != "reconstruct")
         for count, value in counts.items():
             o(f"--{count}", type=positive_int, default=value, help="how many")
         if name == "reconstruct":
@@ -311,6 +315,7 @@ def open_runs(args):
             held, config, defaults = finetune.open_run(path, args)
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
         run.img_size = pretrain.two_sides(run.img_size)
+        run.network = [run.model, *run.img_size, run.patch_size]
         run.weights = path
         run.held = held
         run.classes = config.get("classes")
@@ -404,7 +409,7 @@ def draw(panels, path):
     for axis, panel in zip(axes[0], panels):
         for label, x, y, error in panel.pop("lines"):
             line, = axis.plot(x, y, label=label, marker="o" if len(x) < 40 else "", markersize=3,
-                              linestyle="--" if label == "none" else "-")
+                              linestyle="--" if label.strip("'") == "none" else "-")
             if error is not None:
                 axis.fill_between(x, np.subtract(y, error), np.add(y, error), alpha=0.2,
                                   color=line.get_color(), linewidth=0)
@@ -662,7 +667,8 @@ def curve(run, *_):
         folder = Path(path).parent if Path(path).is_file() else Path(path)
         if not (folder / "log.jsonl").exists():
             return None, {}
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        lines = (folder / "log.jsonl").read_text().splitlines(True)
+        log = [json.loads(line) for line in lines if line.endswith("\n")]
         return log, json.loads((folder / "config.json").read_text())
 
     log, config = read(run.weights)

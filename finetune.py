@@ -271,6 +271,8 @@ def open_run(weights, chosen, trains=False):
     if os.path.realpath(data) == os.path.realpath(str(run.get("data"))):
         taken.append("only")
     defaults.update((name, run[name]) for name in taken if name in run)
+    if chosen.img_size:  # images are measured at it, too
+        defaults["test_size"] = 0
     if trains and folder:
         defaults = for_labels(defaults, chosen)
     return held, run, defaults

@@ -394,6 +394,7 @@ def settle(args, process, data):
     the view, the share of each process, the folder.
     """
     settings = args.settings
+    network = models.MODELS[args.model]
     layer = models.token_layer(args.model, args.token_at)
     fill = settings["fill"]
     if layer == "decoder":
@@ -404,7 +405,7 @@ def settle(args, process, data):
         fill = "mean"
     check(settings["fill"] in (fill, degrade.TASKS[args.task].fill), f"--fill {settings['fill']} "
           f"does nothing with --token_at {args.token_at} and --mask_ratio {settings['mask_ratio']}")
-    if layer != "decoder" and args.decoder == models.MODELS[args.model].decoder:
+    if layer != "decoder" and args.decoder == network.decoder:
         args.decoder = None  # the default, where there is none
     args.token_at = "none" if layer is None else layer
     settings["fill"] = fill
@@ -418,6 +419,8 @@ def settle(args, process, data):
     for cause, idle, names in (
             ("with --mask_ratio 0", not settings["mask_ratio"], {"mask_kind", "mask_unit"}),
             ("with --warp wave", settings.get("warp") == "wave", {"twist"}),
+            (f"with {args.model}, where nothing is hidden", network.decoder is None
+             and not settings["mask_ratio"], {"token_at"}),
             (f"with --token_at {args.token_at}", layer in ("decoder", None), {"token_how"}),
             ("with --freq_weight 0", not args.freq_weight, {"freq_alpha", "freq_batch_mean"}),
             ("without an outer band", [*target.shape[2:]] == args.img_size, {"band_weight"})):

@@ -360,8 +360,10 @@ def test_curves_are_those_of_the_logs(do, made):
 @pytest.mark.parametrize("weights, pretraining", [
     ("{made}/zoom/checkpoint.pt", "zoom_in_mask"), ("none", "none"), ("mae.pth", None)])
 def test_a_curve_says_what_it_began_with(do, made, tmp_path, weights, pretraining):
-    """What is not known of other files is not drawn."""
+    """What is not known of other files is not drawn, nor half a line of a log."""
     run = shutil.copytree(made / "tuned", tmp_path / "run")
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "ep')
     config = dict(json_of(run, "config"), weights=weights.format(made=made))
     (run / "config.json").write_text(json.dumps(config))
     assert do(f"curves {run}")[2]["run"].get("pretraining") == pretraining
@@ -376,6 +378,16 @@ def test_resume_measures_only_what_is_missing(do, monkeypatch):
     assert both["zoom"] == first["zoom"] and len(both) == 2
     monkeypatch.setattr(A, "feature_maps", None)  # nothing is left to measure
     assert do("variance none zoom --resume")[::2] == (0, both)
+
+
+def test_resume_tells_runs_of_one_name_apart(do, made, tmp_path):
+    """Random weights of another network, and another run in a folder of the same name."""
+    first = do("variance zoom none")[2]
+    other = shutil.copytree(made / "tuned", tmp_path / "again" / "zoom")
+    do("variance resnet none --resume")
+    found = do(f"variance {other} --resume")[2]
+    assert {*found} == {"zoom", "none", "resnet", "none'", "zoom'"}
+    assert first.items() <= found.items() and found["none'"]["network"][0] == "resnet18"
 
 
 def test_all_runs_are_on_one_sheet(do, monkeypatch):

@@ -292,6 +292,13 @@ def test_boxes_are_pooled_from_their_place_whatever_was_seen_first():
         models.Detector(models.encoder("vit_micro", 28, 14), 3, 28, 56, "fpn", 16, 16)
 
 
+def test_features_that_are_not_finite_are_no_ap_of_0():
+    model = models.Detector(models.encoder("vit_micro", 32, 8), 3, 32, 64, "fpn", 16, 16).eval()
+    torch.nn.init.constant_(model.rcnn.backbone.pyramid.encoder.norm.weight, torch.inf)
+    with torch.no_grad(), pytest.raises(ValueError, match="features are not finite"):
+        model([torch.rand(3, 32, 32)])
+
+
 def test_what_cannot_be_measured_is_refused_before_training(coco, tmp_path, capfd):
     spoilt(coco, lambda held: held["annotations"].clear(), "val2017")
     assert detect("--data", coco, "--out", tmp_path / "run") == 2

@@ -360,7 +360,8 @@ MAPS = dict(model="resnet18", img_size=[96, 96], test_size=128)
 
 
 @pytest.mark.parametrize("run, flags, want", [
-    (RUN, [], RUN), (MAPS, [], dict(img_size=[160], test_size=224)), (MAPS, ["--eval"], MAPS)])
+    (RUN, [], RUN), (MAPS, [], dict(img_size=[160], test_size=224)), (MAPS, ["--eval"], MAPS),
+    (MAPS, ["--eval", "--img_size", "64"], dict(img_size=[64], test_size=0))])
 def test_a_run_settles_model_and_sizes(run, flags, want, tmp_path, imagenet):
     """A2 pre-trains a ResNet at 224 and fine-tunes it at 160. --eval measures as the run did."""
     config = dict(dict(patch_size=16), **run, data=str(tmp_path))

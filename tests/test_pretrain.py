@@ -340,6 +340,7 @@ def test_help_tells_the_true_defaults_of_a_tasks_settings(task, folder, capsys):
     "--token_at 7 | --token_at 7", f"{RESNET} --token_at decoder | --token_at decoder",
     "--fill zero --task mask | --fill zero", "--fill token --task a2mim | --fill token",
     "--task blur --mask_kind hole | --mask_kind does nothing with --mask_ratio 0",
+    f"{RESNET} --task blur --token_at input | --token_at does nothing with resnet18",
     "--token_how scaled | --token_how does nothing with --token_at decoder",
     "--task distort --warp wave --twist 0 0 | --twist does nothing with --warp wave",
     "--freq_batch_mean | --freq_batch_mean does nothing with --freq_weight 0",
