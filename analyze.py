@@ -7,8 +7,8 @@
     python analyze.py fourier RUN ...       A2 Fig. 3a: high frequencies in the maps, by depth
     python analyze.py variance RUN ...      A2 Fig. 3b: spatial variance of the maps, by depth
 
-BM is *Beyond Masking* (arXiv 2203.14313), A2 is *A2MIM* (arXiv 2205.13943; sections 3.1 to 3.3,
-appendix B). RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or
+BM is *Beyond Masking* (arXiv 2203.14313), A2 is *A2MIM* (arXiv 2205.13943; sections 3, 5.4,
+appendices B, C). RUN is a folder that pretrain.py or finetune.py left, a file with timm's, MAE's or
 torchvision's names, or none: random weights. --out gets NAME.json, every number, and NAME.png, all
 runs on one sheet. On two CPU cores each takes seconds to two minutes of the built-in data. All runs
 are shown the same images, each at its own size and crop.
@@ -48,7 +48,7 @@ def main(argv=None):
     check(process.world == 1, f"one process, not {process.world}: start it with python")
     data = rows = None
     if args.name == "curves":
-        runs = [argparse.Namespace(label=label, weights=path, network=None)
+        runs = [argparse.Namespace(label=label, weights=path, of=None)
                 for label, path in zip(labels_of(args.runs), args.runs)]
     else:
         runs = open_runs(args)
@@ -69,7 +69,7 @@ def main(argv=None):
     numbers = found["runs"]
     pictures = []
     for run in runs:
-        own = dict(weights=run.weights, network=run.network)
+        own = dict(weights=run.weights, of=run.of)
         known = numbers.get(run.label)
         while known and not own.items() <= known.items():  # another run of this name
             run.label += "'"
@@ -100,7 +100,8 @@ def options(argv=None):
         o = q.add_argument
         o("runs", nargs="+", metavar="RUN", help="a run's folder, a file of weights, or none")
         o("--out", type=pretrain.folder_path, default=Path("runs/analyze"), help="a folder")
-        o("--resume", action="store_true", help="keep the runs that are in --out, add others")
+        o("--resume", action="store_true", help="keep the numbers in --out, measure only "
+          "what is not there (curves is made anew)")
         pretrain.machine_options(o)
         if name == "curves":
             continue
@@ -307,20 +308,23 @@ def open_runs(args):
     first = next((path for path in args.runs if path != "none"), "none")
     opened = finetune.open_run(first, args)
     args.data = opened[2]["data"]
+    args.only = args.only or opened[2]["only"]
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("data", "model")}
     runs = []
     for label, path in zip(labels_of(args.runs), args.runs):
         held, config, defaults = opened
         if path not in (first, "none"):
             held, config, defaults = finetune.open_run(path, args)
-        run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "label": label})
+        if path == "none":
+            held, config = None, {}
+        run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "only": args.only})
         run.img_size = pretrain.two_sides(run.img_size)
-        run.network = [run.model, *run.img_size, run.patch_size]
+        run.label = label
         run.weights = path
         run.held = held
         run.classes = config.get("classes")
-        if path == "none":
-            run.held = run.classes = None
+        step = held["step"] if config else None
+        run.of = [run.model, *run.img_size, run.patch_size, step]  # what its numbers are of
         runs.append(run)
     return runs
 
@@ -682,8 +686,8 @@ def curve(run, *_):
     if r["measured"]:
         r.update(last=r["measured"][-1][1], measure=measures[measure])
         log, before = read(config["weights"])
-        if log:
-            r.update(pretraining=before.get("task"), pretraining_epochs=log[-1]["epoch"])
+        if log and "task" in before:  # not a fine-tuning
+            r.update(pretraining=before["task"], pretraining_epochs=log[-1]["epoch"])
         elif config["weights"] == "none":
             r.update(pretraining="none", pretraining_epochs=0.0)
     return r
@@ -707,8 +711,7 @@ def curve_panels(found):
     return [panel for panel in panels if panel["lines"]]
 
 
-# What it does, its measure and panels, its counts. A2 measures all images, and interactions of 500,
-# of each 50 pairs in 50 contexts.
+# What it does, its measure and panels, its counts: ours, for a laptop.
 NAMES = {
     "reconstruct": ("pictures recovered and their mean squared error", reconstruct, None,
                     dict(images=100)),

@@ -1,5 +1,5 @@
 """Images in, damaged images out: the degradations of *Beyond Masking* (BM, arXiv 2203.14313),
-sections 3.2, 4.1, A, and the filled masks of *Architecture-Agnostic Masked Image Modeling*
+sections 3.2, 4.1, 4.2, A, and the filled masks of *Architecture-Agnostic Masked Image Modeling*
 (A2, arXiv 2205.13943), section 4.
 
 A task is one function (what happens to the picture) and one row of TASKS (its defaults: which
@@ -77,7 +77,7 @@ def patches_of(cells, unit):
 
 
 def random_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
-    """Random cells are hidden, the same number in every row: (batch, N) bool. BM 4.1 (m), 'random'.
+    """Random cells are hidden, the same number in every row: (batch, N) bool. BM 4.2, 'random'.
 
     grid: patches per side, int or (rows, columns). ratio in [0, 1). unit: patches a mask cell spans
     per side (A2 masks 32 px cells over 16 px patches: 2).
@@ -90,7 +90,7 @@ def random_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=
 
 
 def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None, hole=False):
-    """One region stays visible, BM 4.1 (m), 'block'; or (hole) is hidden, A2's inpainting:
+    """One region stays visible, BM 4.2, 'block'; or (hole) is hidden, A2's inpainting:
     (batch, N) bool. Arguments: random_mask's.
 
     It is a rectangle of random place and aspect (1/2 .. 2). Its last column may be shorter, so that
@@ -111,8 +111,8 @@ def block_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=N
 
 
 def center_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
-    """The central rectangle stays visible: (batch, N) bool. BM A.3, task (a). Of all rectangles in
-    the picture's proportions it is the one nearest to the number asked for.
+    """The central rectangle stays visible: (batch, N) bool. BM A.3, task (a). Each side is the
+    picture's times the root of the visible share, rounded.
 
     BM's inner 160 of 224 px is --mask_ratio 0.49: 10 x 10 of 14 x 14 patches.
     """

@@ -261,11 +261,12 @@ def open_run(weights, chosen, trains=False):
     taken = ["root", "patch_size"]
     if of_images:
         taken.append("pool")
+    if of_images and not trains:
+        taken += ["test_size", "test_crop"]
     if not trains or recipe == "small" or head == "classify" and not maps:
         taken.append("img_size")  # else it is the recipe's
     if not trains:
-        taken += ["test_size", "test_crop", "labels", "seed", "width", "num_classes", "neck",
-                  "sampled"]
+        taken += ["labels", "seed", "width", "num_classes", "neck", "sampled"]
     if run.get("relative_positions"):
         taken.append("relative_positions")
     if os.path.realpath(data) == os.path.realpath(str(run.get("data"))):
@@ -280,7 +281,8 @@ def open_run(weights, chosen, trains=False):
 
 def usual_recipe(head, run, data, model, img_size, trains):
     """The recipe for what a command line says, if that does not name one."""
-    paper = getattr(degrade.TASKS.get(run.get("task")), "paper", "BM")
+    again = run.get("recipe") in ("deit", "ade_a2", "coco_a2")  # a fine-tuned run of A2's
+    paper = "A2" if again else getattr(degrade.TASKS.get(run.get("task")), "paper", "BM")
     if pretrain.is_small(data, model, img_size or run.get("img_size")):
         return dict(classify="small", segment="scenes_pixels", detect="scenes_boxes")[head]
     maps = not models.MODELS[model].family.tokens
@@ -306,7 +308,7 @@ def for_labels(defaults, chosen):
 
 def encoder_options(o, pools=True):
     """What finetune.py, probe.py and analyze.py ask about an encoder. pools: it is of images."""
-    o("--patch_size", type=positive_int, help="of a ViT; side of what occlusion drops")
+    o("--patch_size", type=positive_int, help="side of a patch: a ViT's, and of occlusion")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero")
     if pools:
         o("--pool", choices=("cls", "mean"), help="the features of a ViT")
@@ -365,20 +367,20 @@ def options(argv=None):
         o("--cutmix", type=not_negative, help="alpha, 0: none")
         o("--test_size", type=pretrain.natural, help="measure at this size; 0: --img_size")
     o("--out", type=pretrain.folder_path, help="None: runs/finetune-WEIGHTS-DATA[-LABELS][-HEAD]"
-      "[-SEED]")
+      "[-seedSEED], or runs/eval-...")
     pretrain.machine_options(o)
     p.set_defaults(**defaults)
     return p.parse_args(argv), weights, run
 
 
 def run_name(script, args, *more):
-    """SCRIPT-WEIGHTS-DATA[-LABELS][-MORE][-SEED], what a run's folder is called after."""
+    """SCRIPT-WEIGHTS-DATA[-LABELS][-MORE][-seedSEED], what a run's folder is called after."""
     path = Path(args.weights)
     path = path.parent if path.name == "checkpoint.pt" else path
     stem = path.name if path.is_dir() else path.stem
     if args.weights == "none":
         stem = f"none-{args.model}"
-    more = [str(x) for x in (args.labels, *more, args.seed) if x]
+    more = [str(x) for x in (args.labels, *more, args.seed and f"seed{args.seed}") if x]
     return "-".join([script, stem, Path(args.data).absolute().name, *more])
 
 
@@ -750,8 +752,8 @@ def augmented(image, generator, magnitude, deviation, erasing):
 
 
 def mix(images, targets, mixup, cutmix, rng):
-    """Mixup or cutmix, by turns if both alphas are above 0. An image is mixed with its neighbour,
-    and rng is the same in all processes, so nothing depends on how a batch is split.
+    """Mixup or cutmix, one at random if both alphas are above 0. An image is mixed with its
+    neighbour, and rng is the same in all processes, so nothing depends on how a batch is split.
     """
     if not mixup and not cutmix:
         return images, targets

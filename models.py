@@ -636,7 +636,7 @@ class UperNet(nn.Module):
         self.classify = nn.Conv2d(width, classes, 1)
         half = max(1, width // 2)
         self.auxiliary = nn.Sequential(conv_norm(lower[-1], half, 3),
-                                       nn.Conv2d(half, classes, 1))  # A2's, in training
+                                       nn.Conv2d(half, classes, 1))  # of A2's code, in training
 
     def forward(self, images, drop=None):
         """images (B, C, H, W) in [0, 1] -> scores (B, classes, H, W); in training also those of
@@ -747,7 +747,7 @@ class Float32(nn.Module):
 class Detector(nn.Module):
     """Boxes and masks of objects, by torchvision's Mask R-CNN on a Neck (BM 4.4, A2 A.2). In "c4"
     a ResNet's fourth stage and a norm are the head of boxes and masks, as in MoCo.
-    # differs from its code: there the masks' part is taken from the boxes', here computed again.
+    # differs from MoCo's code: there the masks' part is taken from the boxes', here computed again.
 
     classes: without the background. short, longest: an image's sides as it is measured. sampled:
     boxes of an image that the box and mask losses are of, out of four times as many. Anchors are 8
@@ -897,7 +897,7 @@ def recovery_model(name, img_size=224, patch_size=16, channels=3, token_at=None,
 
 
 def to_device(model, device):
-    """The model on its device. Maps are in channels-last memory there (on a CPU 1.1 to 1.5 times as
+    """The model on its device. Maps are in channels-last memory there (on a CPU 1.2 to 1.5 times as
     fast: python tests/bench.py memory). Where GPUs share a batch, batch norms are torch's.
     """
     if model.tokens:
@@ -1094,7 +1094,7 @@ def load_weights(model, source, head=True):
 
 def load_encoder(run, **given):
     """The encoder of a run (its folder or file), in eval(): images in [0, 1] -> features (B, D).
-    given: model, img_size, patch_size, pool, where the file does not say them.
+    given: model, img_size, patch_size, pool, in place of what the file says.
     """
     state = read_weights(run)
     c = {"pool": "cls", **(state.get("config") or {}), **given}

@@ -17,7 +17,7 @@ feeds it (data), shares it (processes, precision), or keeps it (checkpoint, log,
 What is random is a function of (seed, step), not of the number of processes, accumulation, loader
 workers or resuming.
 
-Exit code: 0 done, 1 the run failed, 2 bad request, 130 or 143 stopped by a signal after saving.
+Exit code: 0 done, 1 the run failed, 2 bad request, 130 or 143 stopped by a signal.
 """
 import argparse
 import copy
@@ -179,7 +179,7 @@ PAPERS = {
     "A2": dict(BOTH, warmup_share=10 / 300, lr=1e-4, betas=[0.9, 0.999], clip=5.0,
                crop=[0.67, 1.0]),
 }
-# The same for small sets and a CPU. A network of maps wants larger pictures.
+# The same for small sets and a CPU. A ResNet wants larger pictures.
 SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, lr=1.5e-3, batch_size=256,
              warmup_share=0.05)
 SMALL_MAPS = dict(SMALL, img_size=[64], patch_size=8)
@@ -313,7 +313,8 @@ def training_options(o):
     o("--weight_decay", type=not_negative, help="not on biases, norms, tokens, positions")
     o("--betas", type=share, nargs=2, help="of the optimiser's running means")
     o("--clip", type=not_negative, help="largest norm of the gradient, 0: any")
-    o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop")
+    o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop "
+      "(heads of pixels and objects: scale of the image)")
     o("--save_every", type=positive_int, help="steps; None: a twentieth of the run, 200 at least")
     o("--log_every", type=positive_int, default=20, help="steps")
     o("--compile", action="store_true", help="by torch.compile")
@@ -322,7 +323,7 @@ def training_options(o):
 
 
 def machine_options(o):
-    """What every script has, and what changes no result."""
+    """What every script has: where it reads and computes, and the seed."""
     o("--root", default="data", help="where torchvision keeps its sets")
     o("--download", action="store_true", help="fetch the set into --root")
     o("--seed", type=natural, default=0, help="of all that is random")
@@ -352,7 +353,7 @@ def options(argv=None):
 
     p = Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
     o = p.add_argument
-    o("--patch_size", type=positive_int, help="side of a patch: a ViT's, and what is hidden or not")
+    o("--patch_size", type=positive_int, help="side of a ViT's patch, and of what is hidden")
     o("--token_at", metavar="PLACE", help="where the mask token enters: decoder, input, middle, "
       "none, or the layer or stage it follows")
     o("--token_how", choices=models.TOKEN_HOWS, default="replace" if row.fill == "token" else "add",
@@ -432,7 +433,7 @@ def settle(args, process, data):
 def share_out(args, process, data):
     """The batch as args.micro_batch images x processes x args.accum, the steps, the rate."""
     args.img_size = two_sides(args.img_size)
-    most = math.inf if getattr(args, "head", "") == "segment" else 1  # there it is a scale
+    most = math.inf if getattr(args, "head", "") == "segment" else 1  # --crop is a scale there
     check(args.crop[0] <= args.crop[1] <= most, f"--crop {args.crop}: a smaller and a larger share")
     batch = args.batch_size
     world = process.world
@@ -477,7 +478,7 @@ def settle_folder(args, name):
 
 
 def describe(args, process, data, start):
-    """The first lines of a run: recipe, real numbers, the whole configuration."""
+    """The first lines of a run: recipe, real numbers, what is set."""
     config = config_of(args)
     config.update(config.pop("settings", {}), **provenance())
     config = ", ".join(f"{k} {v}" for k, v in config.items()
@@ -493,7 +494,7 @@ def describe(args, process, data, start):
 
 # --- Processes, precision, schedule ---
 
-# Streams of random numbers that must not meet; those of the other scripts are 100 and above.
+# Streams of random numbers that must not meet in a script; the other scripts' are 100 and above.
 CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)
 
 
@@ -1083,7 +1084,7 @@ SHAPES = {
 class Drawn:
     """n generated pictures, (n, 3, size, size) uint8, each drawn when it is first asked for: one of
     ten shapes on a ground. The label is the shape alone: colours, faint stripes, background,
-    position, size, turn and aspect are random. The object fills more than half of the width.
+    position, size, turn and aspect are random. The object fills about half of the width or more.
     """
     device = torch.device("cpu")
     dtype = torch.uint8
@@ -1272,7 +1273,8 @@ def begin(args, process, state):
                 part.load_state_dict(old[name])
         start = old["step"]
         recent = old["recent"]
-    if mine and log_file.exists():  # each step stands once, and whole
+    beside = args.origin and args.origin.resolve().parent == args.out.resolve()
+    if beside and log_file.exists():  # each step stands once, and whole
         try:
             lines = [line for line in log_file.read_text().splitlines(True)
                      if line.endswith("\n") and json.loads(line)["step"] <= start]

@@ -32,6 +32,7 @@ def main(argv=None):
     args, weights = options(argv)
     process = pretrain.set_up(args.device)
     check(process.world == 1, f"one process, not {process.world}: start it with python")
+    check(not (args.out / "checkpoint.pt").exists(), f"{args.out} holds a run: give another --out")
     data, val = finetune.labelled_data(args, process)
     classes = len(data.classes)
     amp = precision(args, process.device)
@@ -99,7 +100,7 @@ def options(argv=None):
     o("--blocks", type=int, choices=(2, 4), help="also so many transformer blocks on the tokens")
     o("--epochs", type=positive_int, help="of --blocks; None: 20, or as many as make 2,000 steps")
     o("--out", type=pretrain.folder_path,
-      help="None: runs/probe-WEIGHTS-DATA[-LABELS][-BLOCKS][-SEED]")
+      help="None: runs/probe-WEIGHTS-DATA[-LABELS][-BLOCKS][-seedSEED]")
     pretrain.machine_options(o)
     p.set_defaults(**defaults_of(defaults))
     args = p.parse_args(argv)
@@ -192,7 +193,7 @@ def linear_probe(train, labels, classes, vit, seed=0):
     """Fit a linear classifier to features (n, D) -> a module (m, D) -> (m, classes), in eval().
 
     A ViT gets MAE's protocol: batch norm without affine, LARS, lr 0.1 x 16384 / 256, batch 16384,
-    cosine after a ninth of warm-up, 90 epochs. Small sets get at least 2,000 steps.
+    cosine after a ninth of warm-up, 90 epochs, but 2,000 steps at least.
     A ResNet gets MoCo's: SGD, lr 30, momentum 0.9, batch 256, 100 epochs, a tenth of the lr from
     epoch 60 and again from 80.
     # differs from the authors' code: theirs see random crops, flipped at random; features here are

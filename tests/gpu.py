@@ -125,8 +125,8 @@ def runs():
 
 
 def kill():
-    """A run of two processes, which share the GPU if there is one, goes on after kill -9: its
-    losses are those of one never stopped.
+    """A run killed by kill -9 goes on as two processes, which share the GPU if there is one: its
+    losses are those of two never stopped.
     """
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     argv = [*SMALL, "--steps", 60, "--save_every", 20, "--batch_size", 64]

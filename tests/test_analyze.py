@@ -358,7 +358,8 @@ def test_curves_are_those_of_the_logs(do, made):
 
 
 @pytest.mark.parametrize("weights, pretraining", [
-    ("{made}/zoom/checkpoint.pt", "zoom_in_mask"), ("none", "none"), ("mae.pth", None)])
+    ("{made}/zoom/checkpoint.pt", "zoom_in_mask"), ("none", "none"), ("mae.pth", None),
+    ("{made}/tuned", None)])
 def test_a_curve_says_what_it_began_with(do, made, tmp_path, weights, pretraining):
     """What is not known of other files is not drawn, nor half a line of a log."""
     run = shutil.copytree(made / "tuned", tmp_path / "run")
@@ -366,7 +367,9 @@ def test_a_curve_says_what_it_began_with(do, made, tmp_path, weights, pretrainin
         file.write('{"step": 3, "ep')
     config = dict(json_of(run, "config"), weights=weights.format(made=made))
     (run / "config.json").write_text(json.dumps(config))
-    assert do(f"curves {run}")[2]["run"].get("pretraining") == pretraining
+    found = do(f"curves {run}")[2]["run"]
+    assert found.get("pretraining") == pretraining
+    assert ("pretraining_epochs" in found) == (pretraining is not None)
 
 
 def test_resume_measures_only_what_is_missing(do, monkeypatch):
@@ -385,9 +388,21 @@ def test_resume_tells_runs_of_one_name_apart(do, made, tmp_path):
     first = do("variance zoom none")[2]
     other = shutil.copytree(made / "tuned", tmp_path / "again" / "zoom")
     do("variance resnet none --resume")
+    do(f"variance {other} --resume")
+    held = models.read_weights(other)
+    torch.save(dict(held, step=9), other / "checkpoint.pt")  # it was trained on
     found = do(f"variance {other} --resume")[2]
-    assert {*found} == {"zoom", "none", "resnet", "none'", "zoom'"}
-    assert first.items() <= found.items() and found["none'"]["network"][0] == "resnet18"
+    assert {*found} == {"zoom", "none", "resnet", "none'", "zoom'", "zoom''"}
+    assert first.items() <= found.items() and found["none'"]["of"][0] == "resnet18"
+
+
+def test_all_runs_are_shown_the_classes_of_the_first(do, made, tmp_path):
+    few = ["class0", "class2"]
+    path = altered(made, tmp_path, lambda held: held["config"].update(only=few, classes=few))
+    code, _, found = do(f"occlusion {path} zoom --repeats 1")
+    assert code == 0 and {run["images"] for run in found.values()} == {9}
+    code, said, _ = do("occlusion zoom --repeats 1 --resume")
+    assert code == 2 and "'only': ['class0', 'class2']" in said
 
 
 def test_all_runs_are_on_one_sheet(do, monkeypatch):

@@ -361,9 +361,14 @@ MAPS = dict(model="resnet18", img_size=[96, 96], test_size=128)
 
 @pytest.mark.parametrize("run, flags, want", [
     (RUN, [], RUN), (MAPS, [], dict(img_size=[160], test_size=224)), (MAPS, ["--eval"], MAPS),
-    (MAPS, ["--eval", "--img_size", "64"], dict(img_size=[64], test_size=0))])
+    (MAPS, ["--eval", "--img_size", "64"], dict(img_size=[64], test_size=0)),
+    (dict(RUN, head="segment", test_crop=0.5), ["--eval", "--head", "classify"],
+     dict(test_crop=1.0)),
+    (dict(model="vit_tiny", img_size=[224, 224], recipe="deit"), [], dict(recipe="deit"))])
 def test_a_run_settles_model_and_sizes(run, flags, want, tmp_path, imagenet):
-    """A2 pre-trains a ResNet at 224 and fine-tunes it at 160. --eval measures as the run did."""
+    """A2 pre-trains a ResNet at 224 and fine-tunes it at 160. --eval measures as the run did, if it
+    was of images.
+    """
     config = dict(dict(patch_size=16), **run, data=str(tmp_path))
     torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
     args, _, _ = finetune.options(["--weights", str(tmp_path), *flags])
@@ -374,9 +379,9 @@ def test_a_run_settles_model_and_sizes(run, flags, want, tmp_path, imagenet):
 def test_a_run_is_called_after_its_weights(weights, tmp_path):
     (tmp_path / "mask-0.5").mkdir()
     args = SimpleNamespace(weights=tmp_path / weights, data="x/shapes", labels=5, seed=2)
-    assert finetune.run_name("finetune", args) == "finetune-mask-0.5-shapes-5-2"
+    assert finetune.run_name("finetune", args) == "finetune-mask-0.5-shapes-5-seed2"
     args.data = "."
-    assert finetune.run_name("finetune", args) == f"finetune-mask-0.5-{Path.cwd().name}-5-2"
+    assert finetune.run_name("finetune", args) == f"finetune-mask-0.5-{Path.cwd().name}-5-seed2"
 
 
 # --- The same run, however it is split or stopped ---

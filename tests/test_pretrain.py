@@ -603,6 +603,9 @@ def test_resume_without_a_checkpoint_and_at_the_end(done):
     done("run", "--resume --steps 2 --decoder 2x64x2")  # a default, said
     assert len(log_of(out)) == 2
     assert (out / "checkpoint.pt").stat().st_mtime_ns == saved
+    kept = (out / "checkpoint.pt").rename(out / "kept.pt")
+    done("run", f"--resume {kept} --steps 2")
+    assert len(log_of(out)) == 2
 
 
 def test_a_run_is_not_overwritten_and_goes_on_only_as_it_was(done, refused):

@@ -190,6 +190,12 @@ def test_unreadable_images_are_left_out_with_their_labels(of, data, tmp_path, mo
 
 # --- What is refused ---
 
+def test_a_runs_own_folder_is_refused(of, tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    code, _, complaint = of(probe, out=tmp_path)
+    assert code == 2 and "holds a run" in complaint and complaint.count("\n") == 1
+
+
 def test_features_that_are_not_finite_are_refused(of, tmp_path):
     state = models.encoder("vit_micro", 16, 4).state_dict()
     state["norm.weight"][3] = math.inf
