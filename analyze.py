@@ -316,7 +316,8 @@ def open_runs(args):
         if path not in (first, "none"):
             held, config, defaults = finetune.open_run(path, args)
         if path == "none":
-            held, config = None, {}
+            held = None
+            config = {}
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "only": args.only})
         run.img_size = pretrain.two_sides(run.img_size)
         run.label = label
