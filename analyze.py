@@ -572,7 +572,8 @@ def interact(run, data, rows, process):
     check(n > 2, f"--img_size: {n} patches have no pair among others")
     check(run.contexts > 1, "--contexts 1: one set has no standard error")
     # a difference of four scores: bf16 and TF32 round it away
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     amp = nullcontext if run.amp == "auto" else precision(run, process.device)
     classify, kind = classifier(run, data, process, amp)
     base = mean_colour(data, run, process)

@@ -74,9 +74,11 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = pretrain.begin(args, process, state)
-    # `model` itself, which is measured on other sizes, is not compiled
+    # `model` itself, which is measured on other sizes, is not compiled. Buffers are
+    # alike in all processes.
     net = torch.compile(model, mode=pretrain.compile_mode(args), disable=not args.compile)
-    net = nn.parallel.DistributedDataParallel(net) if process.world > 1 else net
+    if process.world > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     if on_first:
         print(pretrain.describe(args, process, data, start), flush=True)
 

@@ -690,7 +690,7 @@ class Neck(nn.Module):
             maps = self.pyramid(images, self.drop)
             maps = self.fpn({str(i): z for i, z in enumerate(maps)})
         if not self.training and not all(z.isfinite().all() for z in maps.values()):
-            raise ValueError("the features are not finite: try --amp off, or other --weights")
+            raise FloatingPointError("features are not finite: try --amp off, other --weights")
         return {name: z.float() for name, z in maps.items()}
 
 

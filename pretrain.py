@@ -86,9 +86,10 @@ def main(argv=None):
     # where the run stands
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = begin(args, process, state)  # recent: the losses since the last line of the log
-    # `model` itself, which draws pictures of other sizes, is not compiled
+    # `model` itself, which draws pictures of other sizes, is not compiled. Buffers are
+    # alike in all processes.
     net = torch.compile(model, mode=compile_mode(args), disable=not args.compile)
-    net = DistributedDataParallel(net) if process.world > 1 else net
+    net = DistributedDataParallel(net, broadcast_buffers=False) if process.world > 1 else net
     loss_function = torch.compile(loss_of, disable=not args.compile)
     shown = pictures_to_show(args, process, data)
     if on_first:
@@ -542,6 +543,7 @@ def set_up(device):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if world > 1:
+        check(device != "mps", "--device mps: one process, start it with python")
         dist.init_process_group(backend)
     return Process(rank, world, torch.device(device))
 
@@ -1407,7 +1409,7 @@ def command(main, argv=None):
         if isinstance(error, KeyboardInterrupt):
             code = 130
             line = "stopped by Ctrl-C, without saving" if first else ""
-        elif isinstance(error, Failed):
+        elif isinstance(error, (Failed, FloatingPointError)):
             code = 1
             line = str(error)
         elif isinstance(error, ValueError) and by_hand and "Traceback" not in str(error):

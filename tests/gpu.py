@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from statistics import median
 
@@ -67,7 +68,8 @@ def photos():
 
 def same():
     """What each task does, each network's loss and gradient, beside the CPU's, all in float32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    torch.backends.cudnn.allow_tf32 = False
     for task in degrade.TASKS:
         for name in ("vit_micro", "resnet18"):
             args = pretrain.options(f"--task {task} --model {name} --img_size 64 --patch_size 8 "
@@ -185,7 +187,11 @@ if __name__ == "__main__":
     about = torch.cuda.get_device_name() if BIG else "CPU"
     start = time.perf_counter()
     for name in asked.parts or PARTS:
-        PARTS[name]()
+        try:
+            PARTS[name]()
+        except Exception:  # a failed command leaves nothing to compare: the other parts go on
+            traceback.print_exc()
+            wrong.append(name)
     print(json.dumps(dict(device=about, seconds=round(time.perf_counter() - start), wrong=wrong,
                           **figures)))
     sys.exit(bool(wrong))
