@@ -505,7 +505,7 @@ def verdict(claim, found):
 def claims_table(results):
     """{set: {folder: result}} -> Markdown, a row for each claim and set of which all arms are run.
     """
-    rows, last = [["claim", "the paper's", "on", "ours", "does it hold?"]], None
+    rows, seen = [["claim", "the paper's", "on", "ours", "does it hold?"]], []
     for row in CLAIMS:
         for data in row.sets.split():
             claim = row.on(data)
@@ -518,8 +518,8 @@ def claims_table(results):
                 if row.measure == "top1" and not theirs:
                     theirs = ", ".join(str(PAPER.get(arm, "-")) for arm in arms)
                 cells = [theirs, data, f"{MEASURES[claim.measure]}: {ours}"]
-                shown = ["as above"] * 3 if cells == last and theirs else cells
-                last = cells
+                shown = ["as above", data, "as above"] if cells in seen and theirs else cells
+                seen.append(cells)
                 rows.append([f"{claim.says} ({claim.place})", *shown,
                              f"**{verdict(claim, found)}**"])
     return markdown(rows)
