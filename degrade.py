@@ -561,7 +561,7 @@ def read_image(path):
     """
     import numpy
     from PIL import Image, ImageOps  # comes with torchvision
-    with Image.open(path) as image:
+    with open(path, "rb") as file, Image.open(file) as image:  # by its name Pillow may map it
         wide = image.mode == "F" or image.mode == "I" and image.format != "PNG"
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":

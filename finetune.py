@@ -664,6 +664,8 @@ def mask_of(segmentation, height, width):
         raise ValueError("there is none")
     mask = np.zeros((height, width), np.uint8)
     for points in segmentation:
+        if len(points) < 6:
+            raise ValueError("a polygon has three corners or more")
         mask |= polygon(points, height, width)
     return mask
 

@@ -287,7 +287,7 @@ def natural(text):
 
 
 def file_of_names(path):
-    names = Path(path).read_text().split("\n") if os.path.isfile(path) else []
+    names = Path(path).read_text("utf-8-sig").split("\n") if os.path.isfile(path) else []
     names = [name.strip() for name in names if name.strip()]
     check(names)
     return names
@@ -818,8 +818,8 @@ def inner(data, split):
     file = coco_file(data, split)
     if file:
         name = file.stem.removeprefix("instances_")
-        places = [os.path.join(data, name), os.path.join(data, "images", name), data]
-        return next(place for place in places if os.path.isdir(place))
+        places = [os.path.join(data, x) for x in (name, f"images/{name}", split)]
+        return next((place for place in places if os.path.isdir(place)), data)
     ade = os.path.join(data, "images", dict(train="training", val="validation")[split])
     if os.path.isdir(ade) and os.path.isdir(os.path.join(data, "annotations")):
         return ade  # its annotations are pictures too
@@ -840,7 +840,7 @@ IMG_FILES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avi
 
 
 def is_hidden(name):
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 
 def unreadable(error):
@@ -866,8 +866,10 @@ def image_files(folder, labelled=False, only=()):
             absent = {*only} - {*folders}
             names = []
             folders[:] = sorted({*only} & {*folders})
-        here = os.path.realpath(where), inside.split(os.sep)[0] * labelled
-        if here in seen or {"config.json", "log.jsonl"} <= set(names):  # a run's own pictures
+        real = os.path.realpath(where)
+        here = real, inside.split(os.sep)[0] * labelled
+        run = {"config.json", "log.jsonl"} <= set(names)  # its own pictures
+        if run or {here, (real, ".")} & seen:
             folders.clear()
             continue
         seen.add(here)

@@ -243,6 +243,8 @@ def spoilt(coco, change, split="train2017"):
      "COCO's format: ValueError the box of object 0 is not within its 60 x 40 image"),
     (lambda held: held["annotations"][0].update(bbox=[20, 10, -5, 20]), 2, "is not within its"),
     (lambda held: held["annotations"][0].update(segmentation=[]), 1, "the mask of object 0 of"),
+    (lambda held: held["annotations"][0].update(segmentation=[[5, 10, 25, 30]]), 1,
+     "three corners or more"),
     (lambda held: held["annotations"][0].update(category_id=3), 2, "COCO's format: KeyError"),
     (lambda held: held["annotations"].clear(), 2, "instances_train2017.json has no objects"),
     (lambda held: held["images"][1].update(height=41), 1, "1.jpg: it is [40, 60] high and wide"),
@@ -323,6 +325,8 @@ def test_what_is_refused(flags, says, few_scenes, tmp_path, capfd):
 def test_pre_training_reads_a_split_of_coco(coco):
     """And not the other's images."""
     assert len(loaded(coco)) == 9 and len(loaded(coco, "val")) == 5
+    (coco / "train2017").rename(coco / "train")
+    assert len(loaded(coco)) == 9
 
 
 # --- The model ---

@@ -203,10 +203,11 @@ def test_any_image_is_read_as_rgb_and_upright(tmp_path):
     grey = Image.fromarray(smooth[..., 0])
     for name, image, want in (
             ("a.jpg", rgb, rgb), ("turned.jpg", rgb.rotate(90, expand=True), rgb),
+            ("turned.tif", grey.rotate(90, expand=True), grey),
             ("grey.png", grey, grey),
             ("palette.png", rgb.quantize(), rgb), ("alpha.png", rgb.convert("RGBA"), rgb),
             ("cmyk.jpg", rgb.convert("CMYK"), rgb)):
-        image.save(tmp_path / name, **(dict(exif=exif) if name == "turned.jpg" else {}))
+        image.save(tmp_path / name, **(dict(exif=exif) if "turned" in name else {}))
         got = degrade.read_image(str(tmp_path / name)).permute(1, 2, 0).numpy()
         assert got == pytest.approx(np.array(want.convert("RGB")).astype(int), abs=32), name
 
