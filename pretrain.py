@@ -314,8 +314,7 @@ def training_options(o):
     o("--weight_decay", type=not_negative, help="not on biases, norms, tokens, positions")
     o("--betas", type=share, nargs=2, help="of the optimiser's running means")
     o("--clip", type=not_negative, help="largest norm of the gradient, 0: any")
-    o("--crop", type=positive, nargs=2, help="smallest and largest area of the random crop "
-      "(heads of pixels and objects: scale of the image)")
+    o("--crop", type=positive, nargs=2, help="area of the random crop (dense heads: scale)")
     o("--save_every", type=positive_int, help="steps; None: a twentieth of the run, 200 at least")
     o("--log_every", type=positive_int, default=20, help="steps")
     o("--compile", action="store_true", help="by torch.compile")
