@@ -324,7 +324,7 @@ def open_runs(args):
         run.weights = path
         run.held = held
         run.classes = config.get("classes")
-        step = held["step"] if config else None
+        step = held.get("step") if config else None
         run.of = [run.model, *run.img_size, run.patch_size, step]  # what its numbers are of
         runs.append(run)
     return runs
