@@ -71,7 +71,7 @@ def main(argv=None):
     for run in runs:
         own = dict(weights=run.weights, of=run.of)
         known = numbers.get(run.label)
-        while known and not own.items() <= known.items():  # another run of this name
+        while known and not own.items() <= {**own, **known}.items():  # another run of this name
             run.label += "'"
             known = numbers.get(run.label)
         if not known or args.name == "reconstruct":  # its picture is not kept
@@ -100,8 +100,8 @@ def options(argv=None):
         o = q.add_argument
         o("runs", nargs="+", metavar="RUN", help="a run's folder, a file of weights, or none")
         o("--out", type=pretrain.folder_path, default=Path("runs/analyze"), help="a folder")
-        o("--resume", action="store_true", help="keep the numbers in --out, measure only "
-          "what is not there (curves is made anew)")
+        o("--resume", action="store_true", help="keep the numbers in --out, measure what "
+          "is not there; a changed RUN is added as RUN' (curves is made anew)")
         pretrain.machine_options(o)
         if name == "curves":
             continue

@@ -274,7 +274,7 @@ def open_run(weights, chosen, trains=False):
     if os.path.realpath(data) == os.path.realpath(str(run.get("data"))):
         taken.append("only")
     defaults.update((name, run[name]) for name in taken if name in run)
-    if chosen.img_size:  # images are measured at it, too
+    if chosen.img_size not in (None, defaults["img_size"]):  # images are measured at it, too
         defaults["test_size"] = 0
     if trains and folder:
         defaults = for_labels(defaults, chosen)
@@ -310,7 +310,7 @@ def for_labels(defaults, chosen):
 
 def encoder_options(o, pools=True):
     """What finetune.py, probe.py and analyze.py ask about an encoder. pools: it is of images."""
-    o("--patch_size", type=positive_int, help="side of a patch: a ViT's, and of occlusion")
+    o("--patch_size", type=positive_int, help="side of a ViT's patch, in analyze.py of any")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero")
     if pools:
         o("--pool", choices=("cls", "mean"), help="the features of a ViT")

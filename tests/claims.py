@@ -59,7 +59,7 @@ import pretrain
 # Steps where 75% of the patches are dropped, and where fewer are
 SETS = {"shapes": dict(size=32, steps=(2100, 750)),
         "resnet18": dict(size=64, patch=8, model="resnet18", steps=(500, 500)),
-        "fashion_mnist": dict(size=32, steps=(4200, 1500))}  # fewer steps do not pay there
+        "fashion_mnist": dict(size=32, steps=(4200, 1500))}  # longer than shapes'
 LABELS = 100  # a class
 # What a claim's measure asks for, of scenes: the head, the size, the steps
 HEADS = dict(miou=("segment", 48, 400), box_ap=("detect", 64, 500))

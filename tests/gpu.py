@@ -128,7 +128,7 @@ def runs():
 
 def kill():
     """A run killed by kill -9 goes on as two processes, which share the GPU if there is one: its
-    losses are those of two never stopped.
+    losses are those of a run of two that was never stopped.
     """
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     argv = [*SMALL, "--steps", 60, "--save_every", 20, "--batch_size", 64]

@@ -361,6 +361,7 @@ MAPS = dict(model="resnet18", img_size=[96, 96], test_size=128)
 
 @pytest.mark.parametrize("run, flags, want", [
     (RUN, [], RUN), (MAPS, [], dict(img_size=[160], test_size=224)), (MAPS, ["--eval"], MAPS),
+    (MAPS, ["--img_size", "160"], dict(img_size=[160], test_size=224)),
     (MAPS, ["--eval", "--img_size", "64"], dict(img_size=[64], test_size=0)),
     (dict(RUN, head="segment", test_crop=0.5), ["--eval", "--head", "classify"],
      dict(test_crop=1.0)),
