@@ -48,8 +48,8 @@ def main(argv=None):
     check(process.world == 1, f"one process, not {process.world}: start it with python")
     data = rows = None
     if args.name == "curves":
-        runs = [argparse.Namespace(label=label, weights=path, of=None)
-                for label, path in zip(labels_of(args.runs), args.runs)]
+        runs = [argparse.Namespace(label=label_of(path), weights=path, of=None)
+                for path in args.runs]
     else:
         runs = open_runs(args)
         data = images_to_measure(runs[0], process, args.name in ("occlusion", "interaction"))
@@ -70,11 +70,9 @@ def main(argv=None):
     pictures = []
     for run in runs:
         own = dict(weights=run.weights, of=run.of)
-        known = numbers.get(run.label)
-        while known and not own.items() <= {**own, **known}.items():  # another run of this name
+        while not own.items() <= {**own, **numbers.get(run.label, {})}.items():  # it is another's
             run.label += "'"
-            known = numbers.get(run.label)
-        if not known or args.name == "reconstruct":  # its picture is not kept
+        if run.label not in numbers or args.name == "reconstruct":  # its picture is not kept
             with torch.inference_mode():
                 numbers[run.label] = dict(measure(run, data, rows, process), **own)
             pretrain.write_text(file, json.dumps(found, allow_nan=False))
@@ -101,7 +99,8 @@ def options(argv=None):
         o("runs", nargs="+", metavar="RUN", help="a run's folder, a file of weights, or none")
         o("--out", type=pretrain.folder_path, default=Path("runs/analyze"), help="a folder")
         o("--resume", action="store_true", help="keep the numbers in --out, measure what "
-          "is not there; a changed RUN is added as RUN' (curves is made anew)")
+          "is not there; another or a changed run of the same name is added as NAME' "
+          "(curves is made anew)")
         pretrain.machine_options(o)
         if name == "curves":
             continue
@@ -287,18 +286,11 @@ def feature_maps(model, images, look):
 FIT = 10000  # images a linear layer is fitted to, at most
 
 
-def labels_of(paths):
-    """A name for each run: its folder's, with a number where that name is taken, or cannot be
-    drawn.
-    """
-    names = []
-    for path in (Path(path).absolute() for path in paths):
-        name = path.parent.name if path.name == "checkpoint.pt" else path.name
-        if max(name) > "\u04ff":
-            name = f"run {len(names) + 1}"
-        taken = sum(name == x.rsplit(" #")[0] for x in names)
-        names.append(f"{name} #{taken + 1}" if taken else name)
-    return names
+def label_of(path):
+    """A run's name, its folder's; "run" where a picture cannot show that."""
+    path = Path(path).absolute()
+    name = path.parent.name if path.name == "checkpoint.pt" else path.name
+    return "run" if max(name) > "\u04ff" else name
 
 
 def open_runs(args):
@@ -311,7 +303,7 @@ def open_runs(args):
     args.only = args.only or opened[2]["only"]
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("data", "model")}
     runs = []
-    for label, path in zip(labels_of(args.runs), args.runs):
+    for path in args.runs:
         held, config, defaults = opened
         if path not in (first, "none"):
             held, config, defaults = finetune.open_run(path, args)
@@ -320,7 +312,7 @@ def open_runs(args):
             config = {}
         run = argparse.Namespace(**{**probe.defaults_of(defaults), **given, "only": args.only})
         run.img_size = pretrain.two_sides(run.img_size)
-        run.label = label
+        run.label = label_of(path)
         run.weights = path
         run.held = held
         run.classes = config.get("classes")
@@ -672,14 +664,12 @@ def curve(run, *_):
     def read(path):
         folder = Path(path).parent if Path(path).is_file() else Path(path)
         if not (folder / "log.jsonl").exists():
-            return None, {}
-        lines = (folder / "log.jsonl").read_text().splitlines(True)
-        log = [json.loads(line) for line in lines if line.endswith("\n")]
-        return log, json.loads((folder / "config.json").read_text())
+            return [], {}
+        return pretrain.read_log(folder), json.loads((folder / "config.json").read_text())
 
     log, config = read(run.weights)
-    check(log is not None, f"{run.weights} has no log.jsonl: curves are of runs")
-    check(any("loss" in line for line in log), f"{run.weights}: its log has no loss yet")
+    check(any("loss" in line for line in log), f"{run.weights} has no log.jsonl with a loss: "
+          "curves are of runs")
     measures = dict(top1="top-1", miou="mean IoU", box_ap="box AP")
     measure = next((k for k in measures if any(k in x for x in log)), "top1")
     r = {k: [[x["epoch"], x[at]] for x in log if at in x]

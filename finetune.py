@@ -1116,8 +1116,7 @@ def finite(scores):
 
 def measured(args, step):
     """Whether log.jsonl has what was measured at this step."""
-    lines = (args.out / "log.jsonl").read_text().splitlines()
-    return any('"images":' in line and json.loads(line)["step"] == step for line in lines)
+    return any("images" in x and x["step"] == step for x in pretrain.read_log(args.out))
 
 
 MEASURES = {"classify": evaluate, "segment": evaluate_pixels, "detect": evaluate_boxes}

@@ -1279,8 +1279,8 @@ def begin(args, process, state):
     beside = args.origin and args.origin.resolve().parent == args.out.resolve()
     if beside and log_file.exists():  # each step stands once, and whole
         try:
-            lines = [line for line in log_file.read_text().splitlines(True)
-                     if line.endswith("\n") and json.loads(line)["step"] <= start]
+            lines = [json.dumps(line) + "\n" for line in read_log(args.out)
+                     if line["step"] <= start]
         except (ValueError, TypeError, KeyError):
             check(False, f"{log_file} is damaged: mend it, or delete it")
 
@@ -1311,6 +1311,12 @@ def log(args, process, **line):
         with open(args.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     on_rank_0(write, process)
+
+
+def read_log(folder):
+    """The whole lines of log.jsonl, as dicts. A run that is killed may leave half a line."""
+    lines = Path(folder, "log.jsonl").read_text().splitlines(True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @torch.no_grad()

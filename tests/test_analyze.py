@@ -388,7 +388,7 @@ def test_resume_tells_runs_of_one_name_apart(do, made, tmp_path):
     first = do("variance zoom none")[2]
     other = shutil.copytree(made / "tuned", tmp_path / "again" / "zoom")
     do("variance resnet none --resume")
-    do(f"variance {other} --resume")
+    do(f"variance zoom {other} --resume")
     held = models.read_weights(other)
     torch.save(dict(held, step=9), other / "checkpoint.pt")  # it was trained on
     found = do(f"variance {other} --resume")[2]
