@@ -307,7 +307,7 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
     The canvas is [-1, 1]^2, the centre c uniform on it, the twist t uniform between two bounds. A
     pixel at distance r from c shows what lay at r - t r^2. So what is farther than 1 / (4 t) is not
     shown, and from r = 1 / (2 t) on the picture comes back mirrored. With what leaves the canvas
-    55% of the picture is lost (BM's text: "a small portion").
+    57% of the picture is lost (BM's text: "a small portion").
     # differs from the authors' code: there t is .15 to .25, and zeros are around the picture.
     """
     B, _, H, W = images.shape
@@ -369,7 +369,7 @@ def blur(images, blur_kernel=9, blur_init="normal", generator=None, within=None)
     if blur_init != "normal":
         kernel = noise * dict(kaiming=2 ** 0.5, xavier=1.0)[blur_init] / sides
     kernel = kernel * near[:, None, :, None] * near[:, None, None, :]
-    padded = F.pad(images, [k // 2] * 4, mode="replicate").view(1, B * C, H + k - 1, W + k - 1)
+    padded = F.pad(images, [k // 2] * 4, mode="replicate").reshape(1, B * C, H + k - 1, -1)
     kernel = moved(kernel.view(B * C, 1, k, k), images.device).to(images.dtype)
     return F.conv2d(padded, kernel, groups=B * C).view(B, C, H, W)
 
@@ -515,7 +515,9 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
     """A view (B, C, V, V) in [0, 1] -> Degraded, by the row `task` of TASKS.
 
     size: the input's S or (h, w), the view's by default. hidden (B, N) bool: a mask of one's own,
-    of as many patches in every row. settings: as in task_settings(task).
+    of as many patches in every row. settings: as in task_settings(task), but for view_size, which
+    is the view's. A network that keeps all patches wants a `fill`: without it nothing is hidden
+    from it.
     """
     values = task_settings(task)
     row = TASKS[task]
@@ -526,6 +528,8 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         check(value in allowed, f"{name} '{value}' is not one of {', '.join(map(str, allowed))}")
     values.update(settings)
     size = pair(size or tuple(view.shape[2:]))
+    grid = tuple(side // patch_size for side in size)
+    check(view.is_floating_point(), f"a view is floats in [0, 1], not {view.dtype}")
     given = dict(size=size, patch_size=patch_size, generator=generator, within=within)
 
     # the picture
@@ -534,9 +538,12 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
     # which of its patches are hidden, and what is put there
     if hidden is None and values["mask_ratio"]:
         hidden = call(MASKS[values["mask_kind"]], dict(
-            given, images=inputs, batch=len(view), grid=tuple(side // patch_size for side in size),
-            ratio=values["mask_ratio"], unit=values["mask_unit"]))
+            given, images=inputs, batch=len(view), grid=grid, ratio=values["mask_ratio"],
+            unit=values["mask_unit"]))
     if hidden is not None:
+        right = hidden.dtype == torch.bool and hidden.shape == (len(view), math.prod(grid))
+        check(right, f"a mask is {len(view)} x {math.prod(grid)} bool, not {hidden.dtype} "
+              f"{tuple(hidden.shape)}")
         least, most = hidden.sum(1).aminmax()
         check(least == most, f"a mask hides as many patches in every row, not {least} to {most}")
         check(most, f"mask ratio {values['mask_ratio']} hides none of the cells of "

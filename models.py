@@ -932,10 +932,16 @@ def read_weights(path):
                          "trust it, load it and save its state dict")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
-    config = state.get("config")
-    if not isinstance(config, dict) or not {"model", "img_size", "patch_size"} <= {*config}:
-        state.pop("config", None)  # it is not ours
+    if not run_config(state):
+        state.pop("config", None)
     return state
+
+
+def run_config(state):
+    """The configuration in a run's file, or {}. Other files may have another kind of `config`."""
+    config = state.get("config")
+    ours = isinstance(config, dict) and {"model", "img_size", "patch_size"} <= {*config}
+    return config if ours else {}
 
 
 def tensors(state):
@@ -1019,7 +1025,7 @@ def grid_of(state, weights, grid):
     """The weights' patches: by the run's configuration, else those whose fixed positions they are,
     else a square, else the model's `grid`.
     """
-    config = state.get("config")
+    config = run_config(state)
     if config:
         return tuple(side // config["patch_size"] for side in config["img_size"])
     table = weights["pos_embed"]
@@ -1092,12 +1098,13 @@ def load_weights(model, source, head=True):
     return Loaded(list(weights), absent, left, resized, prefix)
 
 
-def load_encoder(run, **given):
+def load_encoder(run, model=None, img_size=None, patch_size=None, pool=None):
     """The encoder of a run (its folder or file), in eval(): images in [0, 1] -> features (B, D).
-    given: model, img_size, patch_size, pool, in place of what the file says.
+    The other arguments are taken in place of what the file says.
     """
     state = read_weights(run)
-    c = {"pool": "cls", **(state.get("config") or {}), **given}
+    given = dict(model=model, img_size=img_size, patch_size=patch_size, pool=pool)
+    c = {"pool": "cls", **run_config(state), **{k: x for k, x in given.items() if x is not None}}
     weights = tensors(state)[0]
     if not {"model", "img_size", "patch_size"} <= {*c}:
         raise ValueError(f"{run} is of no run: give model=, img_size= and patch_size=")

@@ -499,7 +499,7 @@ CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)
 
 
 def seeded(*key):
-    """A CPU generator that depends on all the integers of `key`."""
+    """A CPU generator that depends on the integers of `key`, but not on zeros at its end."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 

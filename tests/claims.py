@@ -349,9 +349,11 @@ def jobs(args, data, arm, seed):
         name, _, of_tuned = FIGURES[measure]
         of = tuned if of_tuned or arm == "supervised" else weights
         argv = ["analyze.py", name, of, *machine]
+        right = dict(weights=str(of))
         if name == "interaction":  # a noise of .1 to .3 of the value, by estimate
+            right.update(images=8, pairs=4, contexts=400)
             argv += ["--images", 8, "--pairs", 4, "--contexts", 400]
-        found.append(Job(out / f"{name}-{arm}-{seed}", {}, [*map(str, argv)], measure))
+        found.append(Job(out / f"{name}-{arm}-{seed}", right, [*map(str, argv)], measure))
     return found
 
 
@@ -368,8 +370,10 @@ def result(job):
         if job.figure:
             name, taken, _ = FIGURES[job.figure]
             file = folder / f"{name}.json"
-            run, = json.loads(file.read_text())["runs"].values()
+            held = json.loads(file.read_text())
+            run, = held["runs"].values()
             right = in_order(Path(run["weights"], "checkpoint.pt"), file)
+            right = right and job.right.items() <= {**held["settings"], **run}.items()
             noise = {"noise": round(run["noise"], 3)} if "noise" in run else {}
             return {job.figure: round(taken(run), 4)} | noise if right else None
         config = json.loads((folder / "config.json").read_text())
@@ -379,7 +383,7 @@ def result(job):
             found |= json.loads(file.read_text())
             if "nonlinear" in found:  # the plain probe has the rest
                 linear, _ = found.pop("linear"), found.pop("knn")
-                found["mended"] = 100 * (found["nonlinear"] - linear) / (100 - linear)
+                found["mended"] = 100 * (found["nonlinear"] - linear) / max(0.01, 100 - linear)
         else:  # a pre-training
             found |= json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
             found.update(task=config["task"], steps=models.read_weights(folder)["step"],

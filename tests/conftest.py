@@ -271,6 +271,11 @@ def a_run_on_scenes(go, tmp_path, *names):
     assert command(finetune, *argv) == 0
     again = json_of(tmp_path / "eval")
     assert [again[name] for name in names] == [found[name] for name in names]
+    argv = ["--patch_size", 4, "--lr", 1e-9, "--steps", 1, "--out", tmp_path / "begun"]
+    assert go("--weights", weights, *argv) == 0
+    before = weights_of(weights)
+    begun = {n.split("encoder.")[-1]: x for n, x in weights_of(argv[-1]).items() if "encoder." in n}
+    assert begun and all(close(x, before[n], 1e-6) for n, x in begun.items())
 
 
 def stopped_and_resumed(go, monkeypatch, tmp_path, *argv):

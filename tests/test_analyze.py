@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import models
 import pretrain
 import probe
 from conftest import ONE, command, json_of, loaded, log_of, spoil, views
-from degrade import degrade, patch_pixels, task_settings
+from degrade import degrade, paste_visible, patch_pixels, task_settings
 from pretrain import seeded
 
 
@@ -297,6 +298,9 @@ def test_interaction(do, made, labelled):
     strength = torch.stack(I).abs().mean((1, 2))
     assert run["strength"] == approx(strength.numpy(), rel=1e-3)
     assert run["J"] == approx((strength / strength.mean()).numpy(), rel=1e-3)
+    assert run["share_05_to_50"] == approx(A.share_between([0, 0.5, 1], run["J"], 0.05, 0.5))
+    panel, = A.interact_panels(dict(a=run))
+    assert panel["lines"] == [("a", [0, 0.5, 1], run["J"], run["J_error"])]
 
 
 def test_interaction_of_a_resnet(do):
@@ -322,6 +326,10 @@ def test_reconstruct_measures_the_loss(do, made, labelled, name):
     models.load_weights(model, made / name)
     view, _ = views(labelled, c["view"])
     assert run["mse"] == approx(loss_of(model, view, c))
+    d, _, picture = pretrain.recover(model, view, SimpleNamespace(**c),
+                                     seeded(0, pretrain.PICTURE, 0), contextlib.nullcontext)
+    shown = paste_visible(picture, d, c["patch_size"]).clamp(0, 1)
+    assert run["mse_shown"] == approx((shown - d.target).square().mean().item())
     if name == "resnet":
         without = loss_of(model, view, c, token=False)
         assert run["mse_without_token"] == approx(without) and without != run["mse"]
@@ -403,6 +411,19 @@ def test_all_runs_are_shown_the_classes_of_the_first(do, made, tmp_path):
     assert code == 0 and {run["images"] for run in found.values()} == {9}
     code, said, _ = do("occlusion zoom --repeats 1 --resume")
     assert code == 2 and "'only': ['class0', 'class2']" in said
+
+
+def test_the_curves_of_the_maps():
+    """The highest frequency by depth; the spectrum of the last; variance, and its share."""
+    run = dict(mean=[[0, 1, 2], [0, 3, 4]], error=[[0, 0.1, 0.2], [0, 0.3, 0.4]], stages=[])
+    high, whole = A.fourier_panels(dict(a=run))
+    assert high["lines"] == [("a", [0.5, 1], [2, 4], [0.2, 0.4])]
+    (_, x, mean, error), = whole["lines"]
+    assert [*x] == [0, 0.5, 1] and (mean, error) == ([0, 3, 4], [0, 0.3, 0.4])
+    run = dict(mean=[[1, 0.5], [2, 0.25]], error=[[0.1, 0.2], [0.3, 0.4]], stages=[])
+    variance, share = A.variance_panels(dict(a=run))
+    assert variance["lines"] == [("a", [0.5, 1], [1, 2], [0.1, 0.3])]
+    assert share["lines"] == [("a", [0.5, 1], [0.5, 0.25], [0.2, 0.4])]
 
 
 def test_all_runs_are_on_one_sheet(do, monkeypatch):

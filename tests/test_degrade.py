@@ -41,9 +41,11 @@ def test_random_and_center_mask():
 
 @pytest.mark.parametrize("kind, inside", [("block", False), ("hole", True)])
 def test_block_shows_and_hole_hides_one_region(kind, inside):
-    """The region is in one piece. Every patch is in it at times."""
+    """The region is in one piece. Every patch is in it at times. Its aspect is 1/2 to 2."""
     region = D.MASKS[kind](2000, (9, 14), 0.75, generator=seed()).view(-1, 9, 14) == inside
     assert region.any(0).all()
+    heights = region.any(2).sum(1).unique().tolist()
+    assert heights == ([4, 5, 6, 7, 8] if kind == "block" else [7, 8, 9])
     for cells in region[:50]:
         left = set(map(tuple, cells.nonzero().tolist()))
         edge = [left.pop()]
@@ -69,9 +71,12 @@ def test_masks_of_ones_own(monkeypatch):
     given = D.degrade(view, "a2mim", 32, 8, hidden=own)
     assert all(torch.equal(x, own) for x in (seen.hidden, given.hidden, given.counted))
     assert D.degrade(view, "zoom_in", 32, 8, hidden=own).counted is None
-    for wrong, says in ((own ^ torch.tensor([[False], [True]]), "4 to 12"), (own & False, "none")):
+    for wrong, says in ((own ^ torch.tensor([[False], [True]]), "4 to 12"), (own & False, "none"),
+                        (own.long(), "2 x 16 bool"), (own[:1], "2 x 16 bool")):
         with pytest.raises(ValueError, match=says):
             D.degrade(view, "mask", 32, 8, hidden=wrong)
+    with pytest.raises(ValueError, match="uint8"):
+        D.degrade((view * 255).byte(), "mask", 32, 8)
 
 
 @pytest.mark.parametrize("fill, color", [("mean", [7.5, 23.5]), ("zero", [0.45, 0.45])])
@@ -179,6 +184,8 @@ def test_blur_kernels():
     assert len(kernel[:, :, 0].unique()) == 64 * 3
     sides = D.blur(point, "rand", generator=seed())[:, 0].any(2).sum(1)
     assert sides.unique().tolist() == [5, 7, 9, 11]
+    sums = D.blur(torch.ones(400, 1, 15, 15), "rand", generator=seed())[:, 0, 7, 7]
+    assert sums.mean() == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("how, deviation", [("kaiming", 2 ** 0.5 / 5), ("xavier", 1 / 5)])
@@ -236,7 +243,7 @@ def test_every_task_takes_any_shape(task, channels, size):
     ("distort", None, "twist", (0.20, 0.25)),
     ("blur", None, "blur_kernel", 9),
     ("decolor", None, "saturation", 0.3),
-    ("zoom_in_mask", 147, "view_size", 320),
+    ("mask", 147, "mask_kind", "random"),
     ("zoom_in_mask", 147, "mask_ratio", 0.75),
     ("simmim", 120, "fill", "token"),
     ("simmim", 120, "mask_unit", 2),

@@ -3,6 +3,7 @@ its AP."""
 import json
 import shutil
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from PIL import Image
 import finetune
 import models
 import pretrain
-from conftest import (DENSE, ONE, a_run_on_scenes, command, commands_of_the_readme, json_of, loaded,
-                      log_of, stopped_and_resumed, together)
+from conftest import (DENSE, ONE, a_run_on_scenes, close, command, commands_of_the_readme, json_of,
+                      loaded, log_of, stopped_and_resumed, together)
 
 SMALL = [*"--head detect --width 16 --sampled 16".split(), *DENSE]
 
@@ -175,6 +176,18 @@ def test_a_perfect_detection_scores_100(coco, few_scenes, monkeypatch):
         assert found["box_ap"] == found["mask_ap"] == 100 and found["images"] == 5
 
 
+def test_what_is_found_is_asked_of_the_image_and_cut_at_a_half():
+    image, seen = (torch.rand(3, 4, 5) * 255).byte(), []
+    masks = torch.tensor([0.4, 0.6]).view(2, 1, 1, 1).expand(2, 1, 4, 5)
+    found = finetune.objects_of(lambda x: (seen.append(x), [dict(masks=masks)])[1], image,
+                                torch.device("cpu"), nullcontext)
+    assert close(seen[0][0] * 255, image) and torch.equal(found["masks"], masks[:, 0] > 0.5)
+
+
+def test_the_loss_is_the_sum_of_mask_rcnns():
+    assert finetune.LOSSES["detect"](dict(a=1.0, b=2.0), None, None) == 3
+
+
 # --- Data ---
 
 def test_polygons_and_run_lengths_are_pycocotools_to_the_pixel():
@@ -226,6 +239,8 @@ def test_objects_are_scaled_and_flipped_with_their_image(coco):
         assert (found["boxes"][0] - near).abs().max() <= 1
         flipped.add(left < image.shape[2] / 4)
     assert len(flipped) == 2
+    spoilt(coco, lambda held: held["annotations"][0].update(area=7))  # what is said is believed
+    assert finetune.BoxSet(str(coco), True, None).read(7)[1]["area"].tolist() == [7]
     tall, _ = data.view((torch.zeros(3, 300, 30), data.read(3)[1]), 3, 0, (32, 32), (1.0, 1.0), 0)
     assert max(tall.shape) == round(32 * 1333 / 800)
 

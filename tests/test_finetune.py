@@ -95,17 +95,35 @@ def test_layer_decay_by_hand(of, tmp_path):
 
     AdamW's first step moves a weight by its learning rate.
     """
-    flags = "--steps 1 --warmup 0 --weight_decay 0 --clip 0 --layer_decay 0.5 --lr 0.032".split()
+    flags = ("--steps 1 --warmup 0 --weight_decay 0 --clip 0 --layer_decay 0.5 --lr 0.032 "
+             "--betas 0.8 0.95").split()
     assert of(finetune, *flags, "--drop_path", 0, "--relative_positions")[0] == 0
     torch.manual_seed(0)
     before = models.encoder("vit_micro", 16, 4, 3, 3, True).state_dict()
     after = weights_of(tmp_path / "run")
+    held = checkpoint_of(tmp_path / "run")["optimizer"]["param_groups"]
+    assert {group["betas"] for group in held} == {(0.8, 0.95)}
     del before["head.weight"]  # it begins at random
     for name in before:
         l = int(name.split(".")[1]) + 1 if name.startswith("blocks") else 0
         l = 7 if name.startswith(("norm", "head")) else l
         moved = (after[name] - before[name]).abs().max().item()
         assert moved == pytest.approx(0.032 * 8 / 256 * 0.5 ** (7 - l), rel=0.03), name
+
+
+def test_each_step_has_its_own_rate_mix_and_drop_path(of, tmp_path, monkeypatch):
+    """And each seed. A layer's rate is its share of the logged one."""
+    drops, mixes, drop_path, mix = [], [], models.drop_path, finetune.mix
+    monkeypatch.setattr(models, "drop_path", lambda *x: (drops.append(drop_path(*x)), drops[-1])[1])
+    monkeypatch.setattr(finetune, "mix", lambda *x: (
+        mixes.append(str(x[4].bit_generator.state)), mix(*x))[1])
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        assert of(finetune, "--steps", 3, "--seed", seed, out=out)[0] == 0
+        rate = [line["lr"] for line in log_of(out) if "lr" in line][-1]
+        assert all(group["lr"] == pytest.approx(rate * group["lr_scale"])
+                   for group in checkpoint_of(out)["optimizer"]["param_groups"])
+    assert len({str(x.tolist()) for x in drops}) == len({*mixes}) == 6
 
 
 # --- Mixing, augmenting, losses, LAMB ---

@@ -62,6 +62,22 @@ def normalized(images):
     return ((x - mean) / (variance + 1e-6).sqrt()).flatten(4).flatten(2, 3)
 
 
+@pytest.mark.parametrize("norm", ["patch", "channel", "off"])
+def test_the_picture_of_a_larger_view_borrows_each_patchs_mean_and_deviation(norm):
+    """The centre's of the input, the band's of the shrunk view."""
+    view, prediction = picture(2, 3, 16, 16), picture(2, 4, 48, seed=1)
+    inner, want = (..., slice(4, 12), slice(4, 12)), L.unpatchify(prediction, 4, (2, 2))
+
+    def restored(picture, images):
+        mean, std = (area(L.unpatchify(x, 4, (2, 2)), picture.shape[2:])
+                     for x in L.patch_statistics(L.patchify(images, 4), norm))
+        return picture * std + mean
+    whole = area(want, (16, 16))
+    want = restored(whole, area(view, (8, 8)))
+    want[inner] = restored(whole[inner], view[inner])
+    assert torch.allclose(L.recovered_picture(prediction, view, (8, 8), 4, norm), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss, distance", [("mse", torch.square), ("l1", torch.abs)])
 @pytest.mark.parametrize("band_weight", [0, 0.2, 0.5, 1])
 def test_zoom_in_mask_by_hand(loss, distance, band_weight):

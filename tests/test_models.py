@@ -325,7 +325,7 @@ def test_positions_are_resized_from_their_grid():
     state["pos_embed"][0, 1:] = torch.arange(8.0).repeat(2)[:, None]  # the column
     state[table][:] = torch.cat([torch.arange(-7.0, 8).repeat(3), torch.full((3,), 9)])[:, None]
     model = vit((32, 8), relative_positions=True)
-    run = dict(model=state, config=dict(img_size=[8, 32], patch_size=4))
+    run = dict(model=state, config=dict(model="vit_micro", img_size=[8, 32], patch_size=4))
     assert len(M.load_weights(model, run).resized) == 1 + 6
     own = model.state_dict()
     assert close(own["pos_embed"][0, 1:, 0], torch.tensor([1.5, 5.5] * 8))
@@ -333,11 +333,12 @@ def test_positions_are_resized_from_their_grid():
 
 
 def test_positions_of_no_run_are_a_squares_or_the_models():
-    """Where they have been trained. The fixed ones tell their grid."""
+    """Where they have been trained. The fixed ones tell their grid. `config` is another code's."""
     def resized(size, old_size, trained):
         state = vit(old_size).state_dict()
         state["pos_embed"] += trained
-        return bool(M.load_weights(vit(size), state).resized)
+        held = dict(model=state, config=dict(lr=1))
+        return bool(M.load_weights(vit(size), held).resized)
     assert resized((8, 32), (8, 32), 1) and not resized((16, 24), (16, 24), 1)
     with pytest.raises(ValueError, match="not of a square"):
         resized((16, 16), (16, 24), 1)

@@ -147,12 +147,12 @@ def test_a_view_is_a_crop_as_pillows_half_of_the_time_flipped(kind, tmp_path):
     data = P.FolderSet(str(tmp_path))
     if kind == "memory":
         data = P.MemorySet(image, torch.zeros(1), ["a"], "one")
-    views, _ = next(data.batches([(0, 100, slice(100))], (24, 32), (0.2, 0.8), 5, CPU))
-    numbers, flips = torch.rand(100, 23, generator=P.seeded(5, P.CROP, 0)), 0
+    views, _ = next(data.batches([(3, 100, slice(100))], (24, 32), (0.2, 0.8), 5, CPU))
+    numbers, flips = torch.rand(100, 23, generator=P.seeded(5, P.CROP, 3)), 0
     for i, view in enumerate(views):
         u = numbers[i:i + 1]
         if kind == "folder":  # all are image 0, each in an epoch of its own
-            u = torch.rand(1, 23, generator=P.seeded(5, P.CROP, i, 0))
+            u = torch.rand(1, 23, generator=P.seeded(5, P.CROP, 300 + i, 0))
         top, left, h, w = P.crop_boxes(u.numpy(), 64, 64, (0.2, 0.8))[0].tolist()
         box = (left, top, left + w, top + h)
         source, part = page.crop(box), None
@@ -230,23 +230,26 @@ def test_a_folder_is_all_images_below_its_train_once(folder, tmp_path):
     assert found[(25, 0, (8, 8), (0.5, 1.0), 0, None)][3] == ""  # read under its name
 
 
-@pytest.mark.parametrize("name, shape, split", [
-    ("cifar10", (40, 32, 32, 3), dict(train=True)),
-    ("fashion_mnist", (40, 28, 28), dict(train=True)),
-    ("stl10", (40, 3, 96, 96), dict(split="train+unlabeled"))])
-def test_torchvisions_sets_by_name(name, shape, split, done, monkeypatch):
+@pytest.mark.parametrize("name, shape, train, val", [
+    ("cifar10", (40, 32, 32, 3), dict(train=True), dict(train=False)),
+    ("fashion_mnist", (40, 28, 28), dict(train=True), dict(train=False)),
+    ("stl10", (40, 3, 96, 96), dict(split="train+unlabeled"), dict(split="test"))])
+def test_torchvisions_sets_by_name(name, shape, train, val, done, monkeypatch):
     """Whatever their layout. A grey set trains a model of one channel."""
     class Fake:
-        classes, data = [], np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        calls, classes, data = [], [], np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
         def __init__(self, root, download=False, **asked):
-            Fake.asked = asked
+            Fake.calls.append((root, download, asked))
             setattr(self, "labels" if name == "stl10" else "targets", list(range(10)) * 4)
 
     monkeypatch.setattr(torchvision.datasets, P.SETS[name], Fake)
-    data, last = loaded(name), Fake.data[39]
+    args = P.options(["--data", name, "--root", "there", "--download"])
+    data, _ = (P.load_data(args, ONE, split) for split in ("train", "val"))
+    last = Fake.data[39]
     last = np.moveaxis(last, 2, 0) if shape[-1] == 3 else last.reshape(-1, *last.shape[-2:])
-    assert Fake.asked == split
+    assert Fake.calls == [("there", download, asked) for asked in (train, val)
+                          for download in (True, False)]
     assert data.images[39].tolist() == last.tolist()
     assert data.labels.tolist() == list(range(10)) * 4
     weights = weights_of(done("run", "--steps 1", data=name))
@@ -287,6 +290,8 @@ A2 = dict(BOTH, batch_size=2048, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.9
     ("--task a2mim --model vit_small", A2, dict(model="vit_small", epochs=300, token_at=5)),
     ("--task a2mim --model resnet50", A2,
      dict(model="resnet50", epochs=300, lr=1.5e-4, clip=0, token_at=3)),
+    ("--task simmim", dict(A2, loss="l1", freq=[0, 1, False], fill="token", token_how="replace"),
+     dict(token_at=0)),
     ("--data cifar10", {}, dict(model="vit_micro", img_size=[32, 32], epochs=12, crop=[0.5, 1])),
     ("--data shapes --model resnet18 --lr 1", {}, dict(img_size=[64, 64], epochs=5, lr=1)),
 ])
@@ -360,8 +365,9 @@ def test_what_is_refused_gets_one_line_and_exit_code_2(row, refused):
     assert says in refused(argv)
 
 
-def test_a_small_run_leaves_all_it_should(run, tmp_path):
-    code, said, _ = run("--log_every", 2, "--lr", 0.032, "--accum", 2)
+def test_a_small_run_leaves_all_it_should(run, done, tmp_path):
+    flags = "--lr 0.032 --accum 2 --warmup 1"
+    code, said, _ = run("--log_every", 2, *flags.split())
     said, out = " ".join(said.split()), tmp_path / "run"
     for words in ("recipe BM's, small, fitted to 24 images", ": 24 images",
                   "8 images = 4 x 1 processes x 2",
@@ -373,10 +379,38 @@ def test_a_small_run_leaves_all_it_should(run, tmp_path):
     keys, log = "step epoch lr loss grad_norm images_per_s data_wait".split(), log_of(out)
     assert [[*line] for line in log] == [keys] * 3
     assert [line["epoch"] for line in log] == pytest.approx([2 / 3, 4 / 3, 2])
-    warmup = config_of(out)["warmup_steps"]
+    assert config_of(out)["warmup_steps"] == 3
     assert [(line["step"], line["lr"]) for line in log] == [
-        (n, pytest.approx(P.learning_rate(n - 1, 6, warmup, 0.001))) for n in (2, 4, 6)]
+        (n, pytest.approx(P.learning_rate(n - 1, 6, 3, 0.001))) for n in (2, 4, 6)]
+    held = checkpoint_of(out)["optimizer"]["param_groups"]
+    assert [(g["lr"], g["betas"], g["weight_decay"]) for g in held] == [
+        (log[-1]["lr"], (0.9, 0.95), decay) for decay in (0.05, 0)]
+    each = losses_of(done("each", flags))
+    assert losses_of(out) == {n: pytest.approx((each[n - 1] + each[n]) / 2) for n in (2, 4, 6)}
     assert models.load_encoder(out)(torch.rand(2, 3, 16, 16)).shape == (2, 128)
+
+
+@pytest.mark.parametrize("flags, V, crop, norm, loss, weight", [
+    ("--task zoom_in_mask --seed 5", 22, (0.5, 1), "patch", "mse", 0),
+    ("--task a2mim --crop 0.2 0.4", 16, (0.2, 0.4), "off", "l1", 0.5),
+    ("--task blur --view_size 22", 22, (0.5, 1), "patch", "mse", 0)])
+def test_the_losses_of_a_run_by_hand(flags, V, crop, norm, loss, weight, done, folder):
+    """view -> degrade -> model -> loss, all from the seed and the step."""
+    c = config_of(out := done("run", f"{flags} --steps 2 --lr 1e-12"))
+    torch.manual_seed(c["seed"])
+    model = models.recovery_model("vit_micro", 16, 4, 3, c["token_at"], c["token_how"],
+                                  c["decoder"])
+    mean, std = (torch.tensor(x).view(3, 1, 1)
+                 for x in (models.IMAGENET_MEAN, models.IMAGENET_STD))
+    for step, got in enumerate(losses_of(out).values()):
+        batch = [(step, 8, slice(8))]
+        view, _ = next(loaded(folder).batches(batch, (V, V), crop, c["seed"], CPU))
+        d = degrade.degrade(view, c["task"], 16, 4, P.seeded(c["seed"], P.DAMAGE, step),
+                            **c["settings"])
+        want = losses.recovery_loss(
+            model(d.inputs, d.hidden), (d.target - mean) / std, (16, 16), 4, d.counted, norm,
+            loss=loss, freq=(weight, 1, False))
+        assert got == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_training_learns_the_built_in_pictures(done):
@@ -444,8 +478,10 @@ def test_every_ablation_is_another_run(row, done):
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_clipping_bounds_the_gradient_and_keeps_its_direction(amp, done):
-    clipped, whole = (gradients_of(done(f"{clip}", f"--clip {clip} --amp {amp} --steps 1")) / 0.1
-                      for clip in (0.01, 0))  # 1 - beta1 is 0.1
+    outs = [done(f"{clip}", f"--clip {clip} --amp {amp} --steps 1") for clip in (0.01, 0)]
+    clipped, whole = (gradients_of(out) / 0.1 for out in outs)  # 1 - beta1 is 0.1
+    logged = [log_of(out)[0]["grad_norm"] for out in outs]
+    assert logged == pytest.approx([whole.norm().item()] * 2, rel=1e-3)
     assert clipped.norm() == pytest.approx(0.01, rel=1e-3)
     assert torch.allclose(clipped / clipped.norm(), whole / whole.norm(), atol=1e-4)
 

@@ -1,5 +1,6 @@
 """A class for every pixel (BM 4.4, A2 5.3): pyramids, UperNet, scenes, ADE20K's layout, IoU."""
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -91,7 +92,45 @@ def test_upernet_sums_from_the_top_down_and_then_smooths():
         assert torch.allclose(z, side + above)
 
 
+@pytest.mark.parametrize("head", [
+    lambda encoder: models.UperNet(encoder, 5, 8),
+    lambda encoder: models.Detector(encoder, 5, 32, 64, "fpn", 16, 16)])
+def test_drop_path_and_layer_decay_reach_the_encoder(head, monkeypatch):
+    """A2 A.1: embeddings decay^(L + 1), block l of 1 .. L decay^(L + 1 - l), the rest 1."""
+    encoder = models.encoder("vit_micro", 32, 8)
+    model, seen, drop, real = head(encoder).eval(), [], torch.ones(2, 12), encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda images, after, drop: (
+        seen.append(drop), real(images, after=after, drop=drop))[1])
+    with torch.no_grad():
+        model(torch.rand(2, 3, 32, 32), drop)
+    assert seen == [drop]
+    scale = finetune.layer_scale(model, 0.5)
+    for name, _ in model.named_parameters():
+        l = int(name.split("blocks.")[1].split(".")[0]) + 1 if "blocks." in name else 0
+        l = l if "encoder." in name and "encoder.norm" not in name else 7
+        assert scale(name) == 0.5 ** (7 - l), name
+
+
 # --- What is measured ---
+
+def test_the_loss_by_hand():
+    """Over all pixels: those without a label count 0. A2's code: .4 of the auxiliary one."""
+    scores, labels = torch.randn(2, 2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    labels[0, :, :3] = 255
+    odds = scores.log_softmax(2).gather(2, labels.clamp(max=2).expand(2, 2, 4, 5).unsqueeze(2))
+    main, auxiliary = (-(x[:, 0] * (labels != 255)).mean() for x in odds)
+    got = finetune.segment_loss(scores, labels, Namespace(auxiliary=0.4))
+    assert got.item() == pytest.approx((main + 0.4 * auxiliary).item(), rel=1e-5)
+
+
+def test_a_class_is_the_highest_score_at_the_images_own_size():
+    seen, images = [], torch.zeros(2, 4, 20, 40, dtype=torch.uint8)
+    images[:, 0, :, :20] = images[:, 1, :, 20:] = 255  # red, green
+    found = finetune.classes_of(lambda x: (seen.append(x), x)[1], images,
+                                Namespace(img_size=[10, 10]), torch.device("cpu"), nullcontext)
+    assert seen[0].shape == (2, 3, 10, 20) and seen[0].max() <= 1
+    assert (found[:, :, :18] == 0).all() and (found[:, :, 22:] == 1).all()
+
 
 def test_mean_iou_by_hand():
     """The third class is neither there nor found, and is left out. Rows are the truth."""
@@ -137,6 +176,11 @@ def test_classes_are_read_and_scaled_with_their_images(ade):
         assert view.shape == (4, 32, 48) and {*view[3].unique().tolist()} <= {0, 1, 255}
         again = data.view(image, 1, epoch, (32, 48), (0.5, 2.0), 0)
         assert torch.equal(view, again)
+        kinds = (torch.arange(60) // 20).expand(40, 60)  # of which the pictures is a copy
+        view = data.view(torch.stack([90 * kinds] * 3 + [kinds]).byte(), 1, epoch, (32, 48),
+                         (0.75, 2.0), 0)
+        apart = (view[0].float() - 90 * view[3])[view[3] != 255].abs()
+        assert apart.mean() < 6  # but for edges
     view = data.view(image, 1, 0, (32, 48), (0.2, 0.2), 0)
     assert (view[3] == 255).float().mean() > 0.9  # it is shrunk to 6 pixels
     assert view[:3, 31, 24].tolist() == [123, 116, 103]  # the mean colour around it
@@ -207,8 +251,13 @@ def test_recipes(flags, want, ade):
         assert args.lr * 16 / 256 == pytest.approx(4e-4)
 
 
-def test_a_run_on_scenes(few_scenes, tmp_path):
+def test_a_run_on_scenes(few_scenes, tmp_path, monkeypatch):
+    """--eval has the scores that the run had at its end."""
+    seen, real = [], finetune.finite
+    monkeypatch.setattr(finetune, "finite", lambda x: (seen.append(x), real(x))[1])
     a_run_on_scenes(segment, tmp_path, "miou")
+    half, end, again = [x for x in seen if len(x) == 5][:3]
+    assert torch.allclose(end, again, atol=1e-5) and not torch.equal(half, end)
 
 
 def test_two_processes_and_resuming_change_nothing(ade, tmp_path, monkeypatch):
