@@ -530,7 +530,7 @@ def occlude(run, data, rows, process):
     ratios = RATIOS[:-1]
     p = run.patch_size
     classify, kind = classifier(run, data, process, precision(run, process.device))
-    base = torch.zeros(data.channels, device=process.device)  # as the tool that A2 used
+    base = torch.zeros(data.channels, device=process.device)  # black, as in A2's tool
     hits = 0
     images = 0
     for view, labels, first in shown(run, data, rows, 128, process):

@@ -13,7 +13,7 @@ B batch, C channels, S model input size, V view size (>= S), p patch size, N = (
 hidden (B, N) bool: True = the encoder does not see this patch. Images are RGB (or C channels) in
 [0, 1]. Random functions take a torch.Generator, on the CPU: every device gets the same numbers.
 within = (first, total): the images are rows first .. first + B of a batch of `total`, and get the
-same numbers however it is shared out among processes. None: they are all of it.
+same numbers however that is split over processes. None: they are the whole batch.
 """
 import argparse
 import ast

@@ -172,10 +172,10 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
         picture = resize_area(picture, target.shape[2:])  # (B, C, V, V)
         spatial = (PIXEL_LOSS[loss](picture - goal) * weight).sum()
         counted = weight > 0
-    weight, alpha, batch_mean = freq
-    if not weight:
-        return spatial
-    return spatial + weight * focal_frequency(picture, goal, counted, alpha, batch_mean)
+    strength, *how = freq
+    if strength:
+        spatial = spatial + strength * focal_frequency(picture, goal, counted, *how)
+    return spatial
 
 
 def recovered_picture(prediction, target, size, p, norm="patch"):

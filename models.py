@@ -40,8 +40,9 @@ class Encoder(nn.Module):
     A family defines encode(images, after, drop) -> features z, where after(l, z) -> z stands behind
     layer or stage l = 0 .. L; `stages`, lists of blocks; `dim`, the width of the features;
     `branches`, the number of residual branches; if z is a map, `widths`, those at l = 0 .. L, and
-    else `blocks` and `heads`; a classifier under its `head_name`; the constants below; and
-    __init__(img_size, patch_size, channels=, num_classes=, and the sizes in its row of MODELS).
+    else `blocks` of two branches, `heads` and `pos_embed`; a classifier under its `head_name`, of
+    tokens "head"; the constants below; and __init__(img_size, patch_size, channels=, num_classes=,
+    the sizes in its row of MODELS, and of tokens relative_positions=, pool=).
     """
     tokens = False  # features are a map (B, D, h, w); True: tokens (B, 1 + N, D)
     stride = 1  # pixels per position of the last map
@@ -1049,8 +1050,9 @@ def load_weights(model, source, head=True):
     """Load a path or a dict (ours, MAE's, timm's or torchvision's names) into `model` -> Loaded.
 
     The backbone must fit by names and shapes. Positions of another grid are resized, and a relative
-    position bias may be missing: it is learned from zero. A classifier of another shape is left out
-    (head False: any). What recovers the image is left out if the weights do it in another way.
+    position bias may be missing: it is learned from zero. A classifier is left out if its shape
+    differs, or head is False. What recovers the image is left out if the weights do it in another
+    way.
     """
     state = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
     weights, prefix, left = tensors(state)

@@ -185,7 +185,7 @@ SMALL = dict(model="vit_micro", img_size=[32], patch_size=4, lr=1.5e-3, batch_si
              warmup_share=0.05)
 SMALL_MAPS = dict(SMALL, img_size=[64], patch_size=8)
 SMALL_EPOCHS = {("drawn", "BM"): 15, ("drawn", "A2"): 10, ("drawn", "maps"): 5,
-                ("small", "BM"): 12, ("small", "A2"): 6, ("small", "maps"): 3}
+                ("named", "BM"): 12, ("named", "A2"): 6, ("named", "maps"): 3}
 BUILT_IN = ("shapes", "scenes")
 SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
         "fashion_mnist": "FashionMNIST"}
@@ -194,7 +194,7 @@ SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10",
 def kind_of(data):
     """The kind of --data, for recipe and loading."""
     if data in BUILT_IN or data in SETS:
-        return "drawn" if data in BUILT_IN else "small"
+        return "drawn" if data in BUILT_IN else "named"
     check(os.path.isdir(data), f"--data {data} is no folder, nor one of {', '.join(BUILT_IN)}, "
           f"{', '.join(SETS)}")
     return "folder"
@@ -414,7 +414,7 @@ def settle(args, process, data):
     share_out(args, process, data)
     args.view = degrade.view_size(args.task, args.img_size, settings["view_size"])
 
-    # no option is left out in silence
+    # options that would do nothing are refused
     target = degrade.TASKS[args.task].target(torch.empty(1, 1, *args.view), tuple(args.img_size))
     changed = vars(args).pop("changed")
     for cause, idle, names in (
@@ -648,8 +648,8 @@ def due(done, every, args):
 
 def agree(unread, received, done, args, data, process):
     """The losses of the steps in `unread`, means over the processes, and whether one of these was
-    sent a signal. Reading waits for a GPU. There it is done only before a log line, a checkpoint,
-    or leaving; else: [], False.
+    sent a signal. Reading waits for a GPU: there it is done only before a log line, a checkpoint,
+    or leaving; in other steps: [], False.
 
     unread: the loss and the gradient's norm (2,) of each step up to `done`. Failed when one of them
     is not finite (fp16's scaler leaves out a step of such a norm), or when more than 1% of this
@@ -1012,7 +1012,7 @@ def load_data(args, process, split="train", labelled=False, classes=None):
               f"--data {args.data}: its images have no class of their own, choose another --data")
         drawn = built_in(args.data, train)
         return MemorySet(drawn, drawn.labels, list(SHAPES), f"{args.data} {split}")
-    if kind == "small":
+    if kind == "named":
         which = dict(train=train)
         if args.data == "stl10":
             seen = "train" if labelled else "train+unlabeled"
@@ -1026,7 +1026,7 @@ def load_data(args, process, split="train", labelled=False, classes=None):
             images = images[:, None]
         elif images.shape[3] == 3:
             images = images.permute(0, 3, 1, 2).contiguous()
-        labels = torch.as_tensor(made.labels if args.data == "stl10" else made.targets).long()
+        labels = torch.as_tensor(made.targets if hasattr(made, "targets") else made.labels).long()
         return MemorySet(images, labels, made.classes, f"{args.data} {split}")
 
     folder = inner(args.data, split)

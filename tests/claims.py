@@ -385,7 +385,7 @@ def result(job):
                 linear, _ = found.pop("linear"), found.pop("knn")
                 found["mended"] = 100 * (found["nonlinear"] - linear) / max(0.01, 100 - linear)
         else:  # a pre-training
-            found |= json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+            found |= [line for line in pretrain.read_log(folder) if "loss" in line][-1]
             found.update(task=config["task"], steps=models.read_weights(folder)["step"],
                          images=config["batch_size"] * config["total"])
         right = in_order(encoder, folder / "checkpoint.pt", file)

@@ -43,8 +43,8 @@ MASKS["dark"] = dark_mask
 ''')]
 TENSORS = [("pretrain.py", "before", '    if data in BUILT_IN or data in SETS:', '''
     if data.endswith(".pt"):
-        return "small"
-'''), ("pretrain.py", "before", '    if kind == "small":', '''
+        return "named"
+'''), ("pretrain.py", "before", '    if kind == "named":', '''
     if args.data.endswith(".pt"):
         images = torch.load(args.data, weights_only=True)
         return MemorySet(images, torch.zeros(len(images)), ["all"], args.data)

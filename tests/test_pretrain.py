@@ -330,7 +330,7 @@ def test_help_tells_the_true_defaults_of_a_tasks_settings(task, folder, capsys):
         P.options([*argv, "--help"])
     said, args = capsys.readouterr().out, P.options(argv)
     shown = dict(re.findall(r"^  --(\w+)((?:.*\n)(?: {4}.*\n)*)", said, re.M))
-    assert {name for name in degrade.SETTINGS if name in shown} == {*degrade.task_settings(task)}
+    assert degrade.SETTINGS.keys() & shown == degrade.SETTINGS.keys() & degrade.task_settings(task)
     values = dict(vars(args), **args.settings, classes=None, task="zoom_in_mask", data="shapes")
     for name, text in shown.items():
         assert f"(default: {values[name]})" in " ".join(text.split()), name
