@@ -74,11 +74,10 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = pretrain.begin(args, process, state)
-    # `model` itself, which is measured on other sizes, is not compiled. Buffers are
-    # alike in all processes.
+    # `model` itself, which is measured on other sizes, is not compiled
     net = torch.compile(model, mode=pretrain.compile_mode(args), disable=not args.compile)
     if process.world > 1:
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(net)
     if on_first:
         print(pretrain.describe(args, process, data, start), flush=True)
 
@@ -159,11 +158,11 @@ def main(argv=None):
             waited = 0.0
         paused = time.perf_counter()  # what follows is not training
         at_checkpoint = due(done, args.save_every, args)
-        if at_checkpoint or leaving:
-            pretrain.save(done, args, process, state, recent)
-        if at_checkpoint and (not leaving or done == args.total):
+        if at_checkpoint and (not leaving or done == args.total):  # what cannot be measured ends it
             result = evaluate(model, val, args, process, amp)
             pretrain.log(args, process, step=done, epoch=epoch, **result)
+        if at_checkpoint or leaving:
+            pretrain.save(done, args, process, state, recent)
         clock += time.perf_counter() - paused
         if leaving and done < args.total:
             return pretrain.leave(received, process)
@@ -901,7 +900,7 @@ def evaluate_pixels(model, data, args, process, amp):
     *confusion, read = sum_over_processes([*confusion.tolist(), read], process)
     pretrain.refuse_bad(data, len(data) - read, process)
     if not sum(confusion):
-        raise pretrain.Failed("no pixel of the images to measure is labelled")
+        raise pretrain.Failed("" if process.rank else "no pixel to measure is labelled")
     return dict(**iou(torch.tensor(confusion).view(n, n)), images=int(read))
 
 
@@ -939,7 +938,7 @@ def evaluate_boxes(model, data, args, process, amp):
     pretrain.refuse_bad(data, len(data) - len(rows), process)
     found = average_precision([row for _, row in rows])
     if not found:
-        raise pretrain.Failed("no image to measure has an object")
+        raise pretrain.Failed("" if process.rank else "no image to measure has an object")
     return dict(**found, images=len(rows))
 
 

@@ -20,12 +20,14 @@ workers or resuming.
 Exit code: 0 done, 1 the run failed, 2 bad request, 130 or 143 stopped by a signal.
 """
 import argparse
+import atexit
 import copy
 import ctypes
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -86,10 +88,9 @@ def main(argv=None):
     # where the run stands
     state = dict(model=model, optimizer=optimizer, scaler=scaler)  # what is saved and loaded
     start, recent = begin(args, process, state)  # recent: the losses since the last line of the log
-    # `model` itself, which draws pictures of other sizes, is not compiled. Buffers are
-    # alike in all processes.
+    # `model` itself, which draws pictures of other sizes, is not compiled
     net = torch.compile(model, mode=compile_mode(args), disable=not args.compile)
-    net = DistributedDataParallel(net, broadcast_buffers=False) if process.world > 1 else net
+    net = DistributedDataParallel(net) if process.world > 1 else net
     loss_function = torch.compile(loss_of, disable=not args.compile)
     shown = pictures_to_show(args, process, data)
     if on_first:
@@ -372,7 +373,7 @@ def options(argv=None):
     o("--freq_batch_mean", action="store_true", help="spectra averaged over the images a process "
       "holds, as in A2's code; the run then depends on how a batch is split")
     o("--weights", default="none", metavar="PATH", help="weights to begin with")
-    o("--out", type=folder_path, help="the run's folder; None: runs/TASK-MODEL-DATA")
+    o("--out", type=folder_path, help="the run's folder; None: runs/TASK-MODEL-DATA[-seedSEED]")
     training_options(o)
     machine_options(o)
     settings = degrade.task_settings(chosen.task)
@@ -427,7 +428,8 @@ def settle(args, process, data):
             ("without an outer band", [*target.shape[2:]] == args.img_size, {"band_weight"})):
         for name in changed & names:
             check(not idle, f"--{name} does nothing {cause}")
-    settle_folder(args, f"{args.task}-{args.model}-{Path(args.data).absolute().name}")
+    seed = f"-seed{args.seed}" * (args.seed > 0)
+    settle_folder(args, f"{args.task}-{args.model}-{Path(args.data).absolute().name}{seed}")
 
 
 def share_out(args, process, data):
@@ -571,7 +573,7 @@ def on_rank_0(write, process, kind=Failed, said="cannot write, what was there be
         try:
             write()
         except (OSError, RuntimeError) as error:  # torch.save's, on a full disk
-            trouble = f"{said}: {error}"
+            trouble = f"{said}: {error.__context__ or error}"
     trouble = gather(trouble, process)[0]
     if trouble:
         raise kind("" if process.rank else trouble)
@@ -1364,12 +1366,13 @@ def recovery_sheet(model, view, args, amp):
 
 def remember_signals(says):
     """{number: when} of the SIGTERMs and Ctrl-Cs received from now on. The loop saves and leaves
-    after its step. A second Ctrl-C, a second later, leaves at once (torchrun sends each twice).
+    after its step. A second Ctrl-C, a second later, leaves at once. torchrun may send one twice, and
+    sends SIGTERM for the second.
     """
     received = {}
 
     def remember(number, _):
-        if number == signal.SIGINT and time.monotonic() > received.get(number, math.inf) + 1:
+        if time.monotonic() > received.get(signal.SIGINT, math.inf) + 1:
             raise KeyboardInterrupt
         if not received and says:  # not print, whose buffer may be in use just now
             os.write(2, b"\nsaving after this step; a second Ctrl-C leaves at once, without\n")
@@ -1395,7 +1398,17 @@ WAYS_OUT = {
     "C++ compiler": "leave out --compile",
     "out of memory": FEWER,
     "to allocate": FEWER,
+    "by peer": "another process ended",
 }
+
+
+@atexit.register
+def end_loaders():
+    """They ignore SIGTERM, by which multiprocessing would end them, and then wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a loader is killed
+    for loader in multiprocessing.active_children():
+        loader.kill()
 
 
 def command(main, argv=None):
@@ -1428,8 +1441,6 @@ def command(main, argv=None):
                          if sign in str(error)), "")
             if not line:
                 traceback.print_exc()
-        # its frames hold the loaders, which ignore SIGTERM and would outlive this process
-        traceback.clear_frames(error.__traceback__)
     if line:
         print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)
     return code
