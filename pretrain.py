@@ -1407,8 +1407,9 @@ def end_loaders():
     """They ignore SIGTERM, by which multiprocessing would end them, and then wait for ever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a loader is killed
-    for loader in multiprocessing.active_children():
-        loader.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def command(main, argv=None):
