@@ -70,7 +70,7 @@ def main(argv=None):
     pictures = []
     for run in runs:
         own = dict(weights=run.weights, of=run.of)
-        while not own.items() <= {**own, **numbers.get(run.label, {})}.items():  # it is another's
+        while not own.items() <= {**own, **numbers.get(run.label, {})}.items():  # another has this
             run.label += "'"
         if run.label not in numbers or args.name == "reconstruct":  # its picture is not kept
             with torch.inference_mode():

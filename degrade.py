@@ -516,8 +516,7 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
 
     size: the input's S or (h, w), the view's by default. hidden (B, N) bool: a mask of one's own,
     of as many patches in every row. settings: as in task_settings(task), but for view_size, which
-    is the view's. A network that keeps all patches wants a `fill`: without it nothing is hidden
-    from it.
+    is the view's. Without a `fill` hidden patches stay in `inputs`: the network has to drop them.
     """
     values = task_settings(task)
     row = TASKS[task]

@@ -158,11 +158,11 @@ def main(argv=None):
             waited = 0.0
         paused = time.perf_counter()  # what follows is not training
         at_checkpoint = due(done, args.save_every, args)
-        if at_checkpoint and (not leaving or done == args.total):  # what cannot be measured ends it
-            result = evaluate(model, val, args, process, amp)
-            pretrain.log(args, process, step=done, epoch=epoch, **result)
         if at_checkpoint or leaving:
             pretrain.save(done, args, process, state, recent)
+        if at_checkpoint and (not leaving or done == args.total):
+            result = evaluate(model, val, args, process, amp)
+            pretrain.log(args, process, step=done, epoch=epoch, **result)
         clock += time.perf_counter() - paused
         if leaving and done < args.total:
             return pretrain.leave(received, process)

@@ -40,9 +40,9 @@ class Encoder(nn.Module):
     A family defines encode(images, after, drop) -> features z, where after(l, z) -> z stands behind
     layer or stage l = 0 .. L; `stages`, lists of blocks; `dim`, the width of the features;
     `branches`, the number of residual branches; if z is a map, `widths`, those at l = 0 .. L, and
-    else `blocks` of two branches, `heads` and `pos_embed`; a classifier under its `head_name`, of
-    tokens "head"; the constants below; and __init__(img_size, patch_size, channels=, num_classes=,
-    the sizes in its row of MODELS, and of tokens relative_positions=, pool=).
+    else `pos_embed`, `heads` and `blocks`, each of two branches; a classifier under its `head_name`
+    (of tokens it is "head"); the constants below; and __init__(img_size, patch_size, channels=,
+    num_classes=, the sizes in its row of MODELS; of tokens also relative_positions=, pool=).
     """
     tokens = False  # features are a map (B, D, h, w); True: tokens (B, 1 + N, D)
     stride = 1  # pixels per position of the last map

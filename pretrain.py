@@ -501,7 +501,9 @@ CROP, DAMAGE, ORDER, PICTURE, AUGMENT, LABELS = range(6)
 
 
 def seeded(*key):
-    """A CPU generator that depends on the integers of `key`, but not on zeros at its end."""
+    """A CPU generator that depends on the integers of `key`, at most four. Zeros at its end do not
+    count.
+    """
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
@@ -572,7 +574,9 @@ def on_rank_0(write, process, kind=Failed, said="cannot write, what was there be
     if process.rank == 0:
         try:
             write()
-        except (OSError, RuntimeError) as error:  # torch.save's, on a full disk
+        except OSError as error:
+            trouble = f"{said}: {error}"
+        except RuntimeError as error:  # torch.save's, in which the disk's own is hidden
             trouble = f"{said}: {error.__context__ or error}"
     trouble = gather(trouble, process)[0]
     if trouble:
@@ -1366,8 +1370,8 @@ def recovery_sheet(model, view, args, amp):
 
 def remember_signals(says):
     """{number: when} of the SIGTERMs and Ctrl-Cs received from now on. The loop saves and leaves
-    after its step. A second Ctrl-C, a second later, leaves at once. torchrun may send one twice, and
-    sends SIGTERM for the second.
+    after its step. A second Ctrl-C leaves at once, if a second has passed: torchrun may send the
+    first one twice. It sends the second one as SIGTERM.
     """
     received = {}
 
@@ -1398,13 +1402,13 @@ WAYS_OUT = {
     "C++ compiler": "leave out --compile",
     "out of memory": FEWER,
     "to allocate": FEWER,
-    "by peer": "another process ended",
+    "by peer": "another process ended, see what it says",
 }
 
 
 @atexit.register
 def end_loaders():
-    """They ignore SIGTERM, by which multiprocessing would end them, and then wait for ever."""
+    """multiprocessing ends loaders by SIGTERM, which they ignore, and then waits for them."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a loader is killed
     for child in multiprocessing.active_children():

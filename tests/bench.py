@@ -353,7 +353,7 @@ def processes():
             argv = ["torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "pretrain.py",
                     "--steps", "120", "--out", f"{folder}/{i}"]
             subprocess.run([sys.executable, "-m", *argv], check=True, capture_output=True)
-            lines = [json.loads(line) for line in open(f"{argv[-1]}/log.jsonl")][1:]
+            lines = pretrain.read_log(argv[-1])[1:]
             speeds[n].append(median(line["images_per_s"] for line in lines))
             waits += [line["data_wait"] for line in lines if n == 2]
     report("default run, one process, two threads", speeds[1], "images/s")

@@ -260,7 +260,9 @@ def small_run(out):
 
 
 def a_run_on_scenes(go, tmp_path, *names):
-    """From a pre-trained run: its losses, a measurement, a picture, and --eval finds the same."""
+    """From a pre-trained run, with whose weights it begins: a measurement, a picture, and --eval
+    finds the same.
+    """
     out, weights = tmp_path / "run", small_run(tmp_path / "encoder")
     assert go("--weights", weights, "--patch_size", 4, "--out", out) == 0
     found = json_of(out)

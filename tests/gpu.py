@@ -1,12 +1,11 @@
-"""The CUDA path, once, for real: meant for under eight minutes on one GPU. Its speed is measured by
-tests/bench.py.
+"""The CUDA path, once, for real: meant for under eight minutes on one GPU.
 
     python tests/gpu.py                          all parts
     python tests/gpu.py same curves              only these, of: same curves kill runs scripts
     python tests/gpu.py --device cpu             with small numbers, to try this script
 
 A line a figure, with what is wanted of it; the last line is JSON. Exit code 1 where something
-differs from what is wanted. pytest does not collect it.
+differs from what is wanted. pytest does not collect it. tests/bench.py measures the speed.
 """
 import json
 import subprocess
@@ -61,8 +60,7 @@ def command(name, script, *argv, launcher=()):
     last = (done.stdout + done.stderr).strip().splitlines()[-1:]
     report(f"{name}: seconds", round(time.perf_counter() - start, 1), not done.returncode,
            f"exit code {done.returncode}: {last}" if done.returncode else "")
-    log = out / "log.jsonl"
-    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    lines = pretrain.read_log(out) if (out / "log.jsonl").exists() else []
     return out, [x for x in lines if "loss" in x]
 
 

@@ -450,16 +450,6 @@ def test_resume_equals_never_stopping(name, step, code, of, tmp_path, monkeypatc
     assert json_of(parts) == json_of(whole) and len(log_of(parts)) == len(lines[0])
 
 
-def test_what_cannot_be_measured_is_not_saved(of, tmp_path, monkeypatch):
-    """The checkpoint before stays."""
-    real = finetune.learning_rate
-    monkeypatch.setattr(finetune, "learning_rate",
-                        lambda step, *more: 1e30 if step == 5 else real(step, *more))
-    code, _, complaint = of(finetune)
-    assert code == 1 and "the scores are not finite" in complaint
-    assert checkpoint_of(tmp_path / "run")["step"] == 3
-
-
 def test_a_signal_in_the_last_step_changes_no_result(of, tmp_path, monkeypatch):
     """Of a run that also saves, and measures, in an earlier step."""
     def last(step, total, *more, real=finetune.learning_rate):

@@ -305,6 +305,13 @@ def test_recipes(argv, paper, more, tmp_path, imagenet):
     assert args.total == math.ceil(args.epochs * 1281167 / args.batch_size)
 
 
+def test_a_runs_folder_has_its_seed(folder):
+    for seed, end in (("0", ""), ("5", "-seed5")):
+        args = P.options([*TINY, "--data", str(folder), "--seed", seed])
+        P.settle(args, ONE, loaded(folder))
+        assert args.out.name == f"zoom_in_mask-vit_micro-{folder.name}{end}"
+
+
 @pytest.mark.parametrize("flags, images, want", [
     ("", 360, dict(batch_size=64, epochs=889)), ("", 6080, dict(batch_size=128, epochs=300)),
     ("--batch_size 512", 6080, dict(batch_size=512, epochs=422)),
@@ -724,7 +731,7 @@ def test_a_signal_to_one_process_stops_both(processes, tmp_path):
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("pause, saved", [(0, 4), (1.1, 2)])
 def test_a_second_ctrl_c_leaves_at_once(second, pause, saved, run, at, monkeypatch, tmp_path):
-    """torchrun may send one twice, so only one that is a second later counts."""
+    """torchrun may send the first one twice, so only one that is a second later counts."""
     now = time.monotonic
 
     def twice():
