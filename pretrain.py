@@ -1446,6 +1446,7 @@ def command(main, argv=None):
                          if sign in str(error)), "")
             if not line:
                 traceback.print_exc()
+        traceback.clear_frames(error.__traceback__)  # the progress bar ends above the line
     if line:
         print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)
     return code
