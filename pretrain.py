@@ -373,7 +373,7 @@ def options(argv=None):
     o("--freq_batch_mean", action="store_true", help="spectra averaged over the images a process "
       "holds, as in A2's code; the run then depends on how a batch is split")
     o("--weights", default="none", metavar="PATH", help="weights to begin with")
-    o("--out", type=folder_path, help="the run's folder; None: runs/TASK-MODEL-DATA[-seedSEED]")
+    o("--out", type=folder_path, help="None: runs/TASK-MODEL-DATA[-seedSEED]")
     training_options(o)
     machine_options(o)
     settings = degrade.task_settings(chosen.task)
