@@ -515,6 +515,16 @@ def test_a_command_that_fails_stops_the_table_which_then_goes_on(tmp_path, monke
     assert row in (tmp_path / "claims.md").read_text()
 
 
+def test_an_analysis_of_other_settings_or_another_run_is_not_taken(tmp_path):
+    here = str(tmp_path)
+    held = dict(settings=dict(contexts=20), runs=dict(mask=dict(weights=here, share_05_to_50=29)))
+    (tmp_path / "interaction.json").write_text(json.dumps(held))
+    for right, found in (
+            (dict(weights=here, contexts=20), dict(middle=29)),
+            (dict(weights=here, contexts=400), None), (dict(weights="x", contexts=20), None)):
+        assert claims.result(claims.Job(tmp_path, right, [], "middle")) == found
+
+
 def test_a_figure_is_drawn_of_two_arms_that_are_measured(tmp_path, capfd):
     pytest.importorskip("matplotlib")
     found, drawn = {}, tmp_path / "figures/claims.png"
