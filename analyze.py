@@ -598,7 +598,7 @@ def recovery_of(run, data, process):
     """How a run of pretrain.py damages images, and its model. A file that says nothing of it, as
     MAE's, is taken by --task and its like.
     """
-    config = (run.held or {}).get("config") or {}
+    config = models.run_config(run.held or {})
     check("settings" in config or not config and run.held, f"{run.weights} recovers no image")
     c = argparse.Namespace(**config)
     if not config:
@@ -663,9 +663,8 @@ def curve(run, *_):
     """
     def read(path):
         folder = Path(path).parent if Path(path).is_file() else Path(path)
-        if not (folder / "log.jsonl").exists():
-            return [], {}
-        return pretrain.read_log(folder), json.loads((folder / "config.json").read_text())
+        log = pretrain.read_log(folder)
+        return log, json.loads((folder / "config.json").read_text()) if log else {}
 
     log, config = read(run.weights)
     check(any("loss" in line for line in log), f"{run.weights} has no log.jsonl with a loss: "

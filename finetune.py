@@ -229,7 +229,7 @@ def open_run(weights, chosen, trains=False):
     are shown as the run measured them.
     """
     held = None if weights == "none" else models.read_weights(weights)
-    run = (held or {}).get("config") or {}
+    run = models.run_config(held or {})
     (held or {}).pop("optimizer", None)
     head = "classify"
     if hasattr(chosen, "head"):  # --eval: the run's
@@ -817,7 +817,7 @@ def with_head(args, weights, data, says):
     missing = f"--eval: {args.weights} has no head for {len(data.classes)} classes: give a " \
               "fine-tuned run, and the --data it was made for"
     if dense and args.eval:
-        check(weights and weights.get("config", {}).get("head") == args.head, missing)
+        check(weights and models.run_config(weights).get("head") == args.head, missing)
         models.load_weights(encoder, weights)
         rest = {k: x for k, x in weights["model"].items() if "encoder." not in k}
         own = model.state_dict()

@@ -1283,7 +1283,7 @@ def begin(args, process, state):
         start = old["step"]
         recent = old["recent"]
     beside = args.origin and args.origin.resolve().parent == args.out.resolve()
-    if beside and log_file.exists():  # each step stands once, and whole
+    if beside:  # each step stands once, and whole
         try:
             lines = [json.dumps(line) + "\n" for line in read_log(args.out)
                      if line["step"] <= start]
@@ -1320,8 +1320,9 @@ def log(args, process, **line):
 
 
 def read_log(folder):
-    """The whole lines of log.jsonl, as dicts. A run that is killed may leave half a line."""
-    lines = Path(folder, "log.jsonl").read_text().splitlines(True)
+    """The whole lines of log.jsonl, as dicts. A killed run may leave half a line, or no log."""
+    file = Path(folder, "log.jsonl")
+    lines = file.read_text().splitlines(True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

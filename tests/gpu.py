@@ -60,8 +60,7 @@ def command(name, script, *argv, launcher=()):
     last = (done.stdout + done.stderr).strip().splitlines()[-1:]
     report(f"{name}: seconds", round(time.perf_counter() - start, 1), not done.returncode,
            f"exit code {done.returncode}: {last}" if done.returncode else "")
-    lines = pretrain.read_log(out) if (out / "log.jsonl").exists() else []
-    return out, [x for x in lines if "loss" in x]
+    return out, [line for line in pretrain.read_log(out) if "loss" in line]
 
 
 def photos():

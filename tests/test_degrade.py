@@ -244,6 +244,7 @@ def test_every_task_takes_any_shape(task, channels, size):
     ("blur", None, "blur_kernel", 9),
     ("decolor", None, "saturation", 0.3),
     ("mask", 147, "mask_kind", "random"),
+    ("zoom_in_mask", 147, "view_size", 320),
     ("zoom_in_mask", 147, "mask_ratio", 0.75),
     ("simmim", 120, "fill", "token"),
     ("simmim", 120, "mask_unit", 2),

@@ -171,14 +171,14 @@ def test_classes_are_read_and_scaled_with_their_images(ade):
     assert len(data) == 9
     image = data.read(1)
     assert image[3].unique().tolist() == [0, 1, 255]
+    kinds = (torch.arange(60) // 20).expand(40, 60)
+    bands = torch.stack([90 * kinds] * 3 + [kinds]).byte()  # pixels that say their class
     for epoch in range(20):
         view = data.view(image, 1, epoch, (32, 48), (0.5, 2.0), 0)
         assert view.shape == (4, 32, 48) and {*view[3].unique().tolist()} <= {0, 1, 255}
         again = data.view(image, 1, epoch, (32, 48), (0.5, 2.0), 0)
         assert torch.equal(view, again)
-        kinds = (torch.arange(60) // 20).expand(40, 60)  # of which the pictures is a copy
-        view = data.view(torch.stack([90 * kinds] * 3 + [kinds]).byte(), 1, epoch, (32, 48),
-                         (0.75, 2.0), 0)
+        view = data.view(bands, 1, epoch, (32, 48), (0.75, 2.0), 0)
         apart = (view[0].float() - 90 * view[3])[view[3] != 255].abs()
         assert apart.mean() < 6  # but for edges
     view = data.view(image, 1, 0, (32, 48), (0.2, 0.2), 0)
