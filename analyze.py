@@ -70,7 +70,8 @@ def main(argv=None):
     pictures = []
     for run in runs:
         own = dict(weights=run.weights, of=run.of)
-        while not own.items() <= {**own, **numbers.get(run.label, {})}.items():  # another has this
+        # the name is another run's
+        while any(numbers.get(run.label, own).get(k, x) != x for k, x in own.items()):
             run.label += "'"
         if run.label not in numbers or args.name == "reconstruct":  # its picture is not kept
             with torch.inference_mode():
@@ -138,13 +139,11 @@ def occlusion(classify, images, labels, p, base, ratios, repeats, generator):
     """
     grid = [side // p for side in images.shape[2:]]
     hits = torch.zeros(len(ratios), repeats, dtype=torch.long)
-    for (i, ratio), repeat in itertools.product(enumerate(ratios), range(repeats)):
-        if ratio or not repeat:
+    for i, ratio in enumerate(ratios):
+        for repeat in range(repeats if ratio else 1):
             hidden = degrade.random_mask(len(images), grid, ratio, generator=generator)
             scores = classify(showing(images, ~hidden.to(images.device), p, base))
-            hits[i, repeat] = (scores.argmax(1) == labels).sum()
-        else:
-            hits[i, repeat] = hits[i, 0]
+            hits[i, repeat:] = (scores.argmax(1) == labels).sum()
     return hits
 
 
@@ -185,7 +184,8 @@ def interactions(f, n, pairs, orders, contexts, generator):
     share their random numbers: a pair's larger sets hold its smaller ones.
     """
     P = len(pairs)
-    rank = torch.rand(P, contexts, n, generator=generator)  # i and j come last
+    # a random order of the players for each set, i and j at its end: S is its first m
+    rank = torch.rand(P, contexts, n, generator=generator)
     rank = rank.scatter(2, pairs[:, None].expand(-1, contexts, -1), 2.0).argsort(2).argsort(2)
     others = [[x for x in range(n) if x not in pair] for pair in pairs.tolist()]
     others = torch.tensor(others)  # (P, n - 2)
@@ -198,11 +198,9 @@ def interactions(f, n, pairs, orders, contexts, generator):
             every = torch.tensor(list(itertools.combinations(range(n - 2), m)), dtype=torch.long)
             S = torch.zeros(P, len(every), n, dtype=torch.bool)
             S.scatter_(2, others[:, every], True)
-        S = S[:, :, None].repeat(1, 1, 4, 1)  # (P, sets, 4, n)
-        for which, players in enumerate(((0, 1), (0,), (1,), ())):
-            for player in players:  # S + i + j, S + i, S + j, S
-                added = pairs[:, None, player:player + 1].expand(-1, S.shape[1], 1)
-                S[:, :, which].scatter_(2, added, True)
+        S = S[:, :, None].repeat(1, 1, 4, 1)  # (P, sets, 4, n): S + i + j, S + i, S + j, S
+        S[torch.arange(P), :, :2, pairs[:, 0]] = True
+        S[torch.arange(P), :, ::2, pairs[:, 1]] = True
         sets.append(S.flatten(0, 2))
     mean = torch.zeros(P, len(orders))
     error = torch.zeros(P, len(orders))
@@ -452,9 +450,9 @@ def of_maps(run, data, rows, process, value):
     check(all(x.isfinite().all() for x in layers), f"{run.label}: the feature maps are not finite")
     errors = [(x.var(0, correction=0) / max(len(x) - 1, 1)).sqrt().tolist() for x in layers]
     blocks = [len(stage) for stage in model.stages]  # a ResNet has a map each, after two others
-    starts = len(layers) - np.cumsum(blocks[::-1])[::-1]
+    starts = [len(layers) - sum(blocks[i:]) for i in range(len(blocks))]
     return dict(images=len(layers[0]), mean=[x.mean(0).tolist() for x in layers], error=errors,
-                stages=((starts + 0.5) / len(layers)).tolist() if len(blocks) > 1 else [])
+                stages=[(x + 0.5) / len(layers) for x in starts] if len(blocks) > 1 else [])
 
 
 def by_depth(found):
@@ -513,8 +511,7 @@ def variance_panels(found):
     share = []
     for label, depth, mean, error in by_depth(found):
         variance.append((label, depth, [m[0] for m in mean], [e[0] for e in error]))
-        if len(mean[0]) > 1:  # older files have no share
-            share.append((label, depth, [m[1] for m in mean], [e[1] for e in error]))
+        share.append((label, depth, [m[1] for m in mean], [e[1] for e in error]))
     return [dict(title="Variance of the feature maps", x="depth, layer / layers",
                  y="spatial variance, mean over channels", lines=variance, yscale="log",
                  marks=stages_of(found)),
@@ -557,8 +554,8 @@ def interact(run, data, rows, process):
     the middle: .05 to .5 in ViT-S, .1 to .55 in ResNet-50 (Fig. 1 e, g). A flat curve has 45% of
     its area there. Few contexts are noise, which lifts the orders between the ends.
     """
-    grid = [side // run.patch_size for side in run.img_size]
     p = run.patch_size
+    grid = [side // p for side in run.img_size]
     n = math.prod(grid)
     near = near_pairs(grid)
     check(n > 2, f"--img_size: {n} patches have no pair among others")
@@ -632,7 +629,7 @@ def reconstruct(run, data, rows, process):
     inside = c.token_at not in ("decoder", "none")  # there is a token to leave out
     run.img_size = list(c.view)
     run.test_crop = 1.0
-    sums = np.zeros(3)
+    sums = np.zeros(3)  # of the loss, of that without the token, of the pictures' errors
     images = 0
     chunk = 50 - (len(rows) % 50 == 1)  # zoom_out's patches of other images take two at least
     for view, _, first in shown(run, data, rows, chunk, process):
@@ -685,7 +682,7 @@ def curve(run, *_):
 
 
 def curve_panels(found):
-    of = {k: [] for k in ("loss", "measured")}
+    of = dict(loss=[], measured=[])
     paid = {}
     for label, r in found.items():
         kind = "measured" if r["measured"] else "loss"

@@ -131,13 +131,12 @@ MASKS = {"random": random_mask, "block": block_mask,
 
 def patch_pixels(patches, p, size):
     """(B, N) bool of patches -> (B, 1, H, W) bool of pixels. size: (H, W)."""
-    patches = patches.view(-1, 1, size[0] // p, size[1] // p)
-    return patches.repeat_interleave(p, 2).repeat_interleave(p, 3)
+    H, W = size
+    return patches_of(patches.view(-1, H // p, W // p), p).view(-1, 1, H, W)
 
 
 # What the models' normalisation takes to zero: ImageNet's mean colour, 0.45 for other channels.
 ZERO = (0.485, 0.456, 0.406)
-FILLS = ("mean", "zero", "token")
 
 
 def fill_hidden(images, hidden, p, fill="mean"):
@@ -194,7 +193,7 @@ def center_crop(images, size):
 
 def scaled(images, size):
     """(B, C, H, W) -> (B, C, *size), bilinear, antialiased where it shrinks."""
-    same = tuple(images.shape[2:]) == tuple(size)
+    same = images.shape[2:] == tuple(size)
     return images if same else F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
@@ -228,7 +227,7 @@ def zoom_in(images, size=None, zoom_size=None, zoom_at="center", generator=None,
     # differs from the authors' code: a larger view has two terms there, as it has here in
     # zoom_in_mask with mask_ratio 0.
     """
-    whole = tuple(images.shape[2:])
+    whole = images.shape[2:]
     size = pair(size or whole)
     region = at_height(zoom_height(zoom_size, whole[0]), whole)
     if zoom_size is None and size != whole:
@@ -316,8 +315,8 @@ def fisheye(images, twist=(0.20, 0.25), generator=None, within=None):
     u = moved(random_numbers(B, 3, generator=generator, within=within), images.device)
     c = 2 * u[:, None, None, :2] - 1
     t = (twist[0] + (twist[1] - twist[0]) * u[:, 2]).view(B, 1, 1, 1)
-    y, x = (torch.linspace(-1, 1, n, device=images.device) for n in (H, W))
-    grid = torch.stack([x.expand(H, W), y[:, None].expand(H, W)], dim=2)
+    x, y = (torch.linspace(-1, 1, n, device=images.device) for n in (W, H))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)
     offset = c - grid  # (B, H, W, 2)
     grid = grid + offset * offset.norm(dim=3, keepdim=True) * t
     return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
@@ -451,8 +450,8 @@ SETTINGS = {
     "mask_unit": (int, "patches a mask cell spans per side; A2's 32 px are 2 patches of 16"),
     "mask_kind": (MASKS, "random patches hidden; all hidden but one block; one hole hidden; "
                   "all hidden but the centre"),
-    "fill": (FILLS, "what hidden patches hold, if the encoder keeps them: the mean colour, the "
-             "zero of the normalisation, or the mask token"),
+    "fill": (("mean", "zero", "token"), "what hidden patches hold, if the encoder keeps them: the "
+             "mean colour, the zero of the normalisation, or the mask token"),
     "view_size": (int, "height of the view in pixels, the input's or an even number more"),
     "zoom_size": (number_or_rand, "pixels of the view that fill the canvas (zoom_in) or that it is "
                   "shrunk to (zoom_out, or rand)"),
@@ -526,7 +525,7 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         allowed = [value] if callable(kind) else [None, *kind]
         check(value in allowed, f"{name} '{value}' is not one of {', '.join(map(str, allowed))}")
     values.update(settings)
-    size = pair(size or tuple(view.shape[2:]))
+    size = pair(size or view.shape[2:])
     grid = tuple(side // patch_size for side in size)
     check(view.is_floating_point(), f"a view is floats in [0, 1], not {view.dtype}")
     given = dict(size=size, patch_size=patch_size, generator=generator, within=within)
@@ -581,7 +580,7 @@ def read_image(path):
 def onto(canvas, picture):
     """`picture` in the middle of a copy of `canvas`."""
     canvas = canvas.clone()
-    center_crop(canvas, tuple(picture.shape[2:]))[:] = picture
+    center_crop(canvas, picture.shape[2:])[:] = picture
     return canvas
 
 
@@ -598,7 +597,7 @@ def paste_visible(recovered, d, p):
     """`recovered` (B, C, V, V), with the input in the patches that are not compared."""
     if d.counted is None:
         return recovered
-    size = tuple(d.inputs.shape[2:])
+    size = d.inputs.shape[2:]
     pixels = patch_pixels(d.counted, p, size)
     return onto(recovered, torch.where(pixels, center_crop(recovered, size), d.inputs))
 
@@ -665,7 +664,7 @@ def main(argv=None):
         sheet(columns, list(TASKS), note, side=160).save(args.out)
     except (OSError, ValueError) as error:
         parser.exit(2, f"degrade.py: {error}\n")
-    print(f"wrote {ascii(str(args.out))}: {', '.join(TASKS)}")
+    print(f"wrote {args.out!a}: {', '.join(TASKS)}")
 
 
 if __name__ == "__main__":

@@ -55,18 +55,18 @@ def main(argv=None):
     process = pretrain.set_up(args.device)
     device = process.device
     on_first = process.rank == 0
-    amp = precision(args, process.device)
+    amp = precision(args, device)
     read = labelled_data if args.head == "classify" else annotated_data
     data, val = read(args, process, not args.eval, run.get("classes"))
     settle(args, process, data)
-    evaluate = MEASURES[args.head]
+    measure = MEASURES[args.head]
 
     # the encoder with a fresh head; --eval keeps its head
     torch.manual_seed(args.seed)
     model = with_head(args, weights, data, on_first)
     model = models.to_device(model, device)
     if args.eval:
-        return report(args, process, evaluate(model, val, args, process, amp))
+        return report(args, process, measure(model, val, args, process, amp))
 
     # its optimiser, and where the run stands
     groups = parameter_groups(model, args.weight_decay, layer_scale(model, args.layer_decay))
@@ -88,7 +88,7 @@ def main(argv=None):
     received = pretrain.remember_signals(on_first)
     result = {}
     if start and due(start, args.save_every, args) and not measured(args, start):
-        result = evaluate(model, val, args, process, amp)  # a signal came before it
+        result = measure(model, val, args, process, amp)  # a signal came before it
         pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
     clock = time.perf_counter()
     timed = 0  # steps since then
@@ -161,13 +161,13 @@ def main(argv=None):
         if at_checkpoint or leaving:
             pretrain.save(done, args, process, state, recent)
         if at_checkpoint and (not leaving or done == args.total):
-            result = evaluate(model, val, args, process, amp)
+            result = measure(model, val, args, process, amp)
             pretrain.log(args, process, step=done, epoch=epoch, **result)
         clock += time.perf_counter() - paused
         if leaving and done < args.total:
             return pretrain.leave(received, process)
     bar.close()
-    report(args, process, result or evaluate(model, val, args, process, amp))
+    report(args, process, result or measure(model, val, args, process, amp))
     if args.head != "classify":
         pretrain.on_rank_0(lambda: found_sheet(model, val, args, device, amp), process)
 
@@ -232,7 +232,7 @@ def open_run(weights, chosen, trains=False):
     run = models.run_config(held or {})
     (held or {}).pop("optimizer", None)
     head = "classify"
-    if hasattr(chosen, "head"):  # --eval: the run's
+    if hasattr(chosen, "head"):  # of finetune.py; --eval measures what the run was trained for
         head = chosen.head or not trains and run.get("head") or head
     data = chosen.data or run.get("data", "shapes")
     of_images = run.get("head", "classify") == "classify"
@@ -328,13 +328,13 @@ def first_options(o):
 def options(argv=None):
     """The command line, what the file of --weights holds, its run's configuration."""
     first = pretrain.Parser(add_help=False)
-    first_options(first.add_argument)
-    first.add_argument("--recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
-    pretrain.batch_option(first.add_argument)
-    first.add_argument("--head", choices=LOSSES, help="classify (default): a class for an image; "
-                       "segment: for every pixel; detect: boxes and masks of objects. For these "
-                       "--crop is an image's scale")
-    first.add_argument("--eval", action="store_true", help="only measure --weights")
+    o = first.add_argument
+    first_options(o)
+    o("--recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
+    pretrain.batch_option(o)
+    o("--head", choices=LOSSES, help="classify (default): a class for an image; segment: for "
+      "every pixel; detect: boxes and masks of objects. For these --crop is an image's scale")
+    o("--eval", action="store_true", help="only measure --weights")
     chosen, _ = first.parse_known_args(argv)
     weights, run, defaults = open_run(chosen.weights, chosen, trains=not chosen.eval)
     p = pretrain.Parser(parents=[first], description=(__doc__ or "").split("\n")[0])
@@ -718,7 +718,8 @@ def annotated_data(args, process, trains, classes):
     check(not args.labels and not args.only, f"--labels, --classes: not of --head {args.head}")
     check((args.num_classes or 0) < 256, f"--num_classes {args.num_classes}: at most 255")
     kind = dict(segment=PixelSet, detect=BoxSet)[args.head]
-    sets = [kind(args.data, train, args.num_classes) for train in (True, False)[not trains:]]
+    splits = [True, False] if trains else [False]
+    sets = [kind(args.data, train, args.num_classes) for train in splits]
     classes = sets[0].classes if trains else classes
     check(classes in (None, sets[-1].classes), f"{args.data} has other classes than are trained "
           "on, or --weights has another --head")
@@ -981,8 +982,6 @@ def boxes_shared(found, truth):
 def masks_shared(found, truth):
     a, b = (x.reshape(len(x), math.prod(x.shape[1:])) for x in (found["masks"], truth["masks"]))
     areas = [np.count_nonzero(x, axis=1) for x in (a, b)]
-    if not len(a) or not len(b):
-        return np.zeros((len(a), len(b))), *areas
     return (a.astype(np.float32) @ b.astype(np.float32).T).astype(float), *areas
 
 
@@ -995,6 +994,7 @@ def match(iou, crowd, area, area_found):
     that does not count.
     """
     low, high = np.array([*SIZES.values()]).T[:, :, None, None]
+    # a last object that nothing overlaps: argmax needs one
     iou = np.pad(iou, [(0, 0), (0, 1)])
     crowd = np.append(crowd, True)
     area = np.append(area, 0)
@@ -1004,7 +1004,7 @@ def match(iou, crowd, area, area_found):
     right = np.empty((*free.shape[:2], len(iou)), np.int8)
     for i, row in enumerate(iou):
         fits = (free | crowd) & (row >= THRESHOLDS[:, None])
-        worth = np.where(fits, row + 2 * ~ignored, -1)
+        worth = np.where(fits, row + 2 * ~ignored, -1)  # one that counts beats any that does not
         best = len(crowd) - 1 - worth[..., ::-1].argmax(2, keepdims=True)  # the last of equals
         taken = fits & (np.arange(len(crowd)) == best)
         hit = taken.any(2)

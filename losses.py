@@ -161,7 +161,7 @@ def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_
     prediction = prediction.float()
     grid = [side // p for side in size]
     picture = unpatchify(prediction, p, grid)
-    if tuple(target.shape[2:]) == tuple(size):
+    if target.shape[2:] == tuple(size):
         goal = normalize_patches(patchify(target, p), norm, target.shape[1])
         spatial = pixel_loss(prediction, goal, counted, loss)
         goal = unpatchify(goal, p, grid)

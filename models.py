@@ -87,21 +87,18 @@ class Encoder(nn.Module):
         blocks, and its last; of a ResNet behind its stages. Images are of any size, of a ViT a
         multiple of its patch.
         """
-        layers = [1, 2, 3]
-        if self.tokens:
-            depth = len(self.blocks)
-            layers = [depth // 3, depth // 2, 2 * depth // 3]
         found = []
 
         def after(layer, z):
-            if layer in layers:
-                found.append(z)
+            found.append(z)
             return z
-        found.append(self.encode(images, after=after, drop=drop))
+        last = self.encode(images, after=after, drop=drop)
         if not self.tokens:
-            return found
+            return found[1:]  # without the stem's
+        L = len(self.blocks)
         grid = [side // self.patch_size for side in images.shape[2:]]
-        return [z[:, 1:].transpose(1, 2).unflatten(2, grid) for z in found]
+        return [z[:, 1:].transpose(1, 2).unflatten(2, grid)
+                for z in (found[L // 3], found[L // 2], found[2 * L // 3], last)]
 
     def pooled(self, z):
         """The features of an image: the mean over the last map, (B, D, h, w) -> (B, D), float32."""
@@ -933,8 +930,6 @@ def read_weights(path):
                          "trust it, load it and save its state dict")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
-    if not run_config(state):
-        state.pop("config", None)
     return state
 
 
@@ -1059,14 +1054,15 @@ def load_weights(model, source, head=True):
     own = model.state_dict()
     names = list(weights)
     resized = []
-    for sign in [x for x in OTHERS if x not in own]:
-        if any(f".{name}".endswith(f".{sign}") for name in names + left):
-            raise ValueError(f"these weights are of {OTHERS[sign]}. There is no such model here")
+    for sign, kind in OTHERS.items():
+        if sign not in own and any(f".{n}".endswith(f".{sign}") for n in names + left):
+            raise ValueError(f"these weights are of {kind}. There is no such model here")
 
-    if "base_encoder" in prefix and model.tokens and own["cls_token"].shape[2] == 384:
+    if "base_encoder" in prefix and model.tokens and model.dim == 384:
         raise ValueError("MoCo-v3's ViT-S has 12 heads, vit_small 6: the ViT-B is the same in both")
 
-    # what is no part of the backbone is taken where it fits; two decoders must be the same
+    # the head, if asked for, and what recovers images, if neither side has a decoder, are taken
+    # where they fit; two decoders must be the same
     decoders = ["decoder_embed.weight" in x for x in (weights, own)]
     free = (f"{model.head_name}.", *(() if all(decoders) else RECOVERY))
     for name in [n for n in names if n.startswith(free)]:

@@ -207,7 +207,7 @@ def recipe(chosen):
     """
     data = chosen.data
     model = chosen.model
-    kind = kind_of(chosen.data)
+    kind = kind_of(data)
     paper = degrade.TASKS[chosen.task].paper
     maps = model is not None and not models.MODELS[model].family.tokens
     defaults = dict(PAPERS[paper], recipe=f"{paper}'s", fitted=None)
@@ -415,7 +415,7 @@ def settle(args, process, data):
     share_out(args, process, data)
     args.view = degrade.view_size(args.task, args.img_size, settings["view_size"])
 
-    # options that would do nothing are refused
+    # options that would do nothing are refused; a target of the input's size has no outer band
     target = degrade.TASKS[args.task].target(torch.empty(1, 1, *args.view), tuple(args.img_size))
     changed = vars(args).pop("changed")
     for cause, idle, names in (
@@ -640,11 +640,7 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
 
 def clipped_norm(model, clip):
     """The norm of the gradient, which is scaled down to `clip` where that is not 0."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return norm
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
 
 
 def due(done, every, args):
@@ -705,10 +701,10 @@ def samples(step, batch, length, seed):
     """
     position = torch.arange(step * batch, (step + 1) * batch)
     epochs = position // length
-    within = position % length
+    place = position % length
     index = torch.empty_like(position)
     for epoch in epochs.unique().tolist():
-        index[epochs == epoch] = order(length, seed, epoch)[within[epochs == epoch]]
+        index[epochs == epoch] = order(length, seed, epoch)[place[epochs == epoch]]
     return torch.stack([epochs, index], dim=1)
 
 
@@ -938,18 +934,18 @@ class FolderSet(Dataset):
         index, epoch, size, scale, seed, augment = item
         unread = ""
         for k in range(1 if epoch < 0 else 100):
-            position = index + (k if k < 5 else k ** 3)  # all of a folder may be bad
+            position = (index + (k if k < 5 else k ** 3)) % len(self)  # all of a folder may be bad
             try:
-                image = self.read(position % len(self))
+                image = self.read(position)
                 break
             except Exception as error:  # Pillow's plug-ins raise whatever they like
-                unread = unread or f"{self.path(position % len(self))}: {error}"
+                unread = unread or f"{self.path(position)}: {error}"
         else:
             return torch.zeros(self.planes, *size, dtype=torch.uint8), -1, epoch, unread
         view = self.view(image, index, epoch, size, scale, seed)
         if augment:
             view = augment(view, seeded(seed, AUGMENT, epoch, index))
-        return view, position % len(self), epoch, unread
+        return view, position, epoch, unread
 
     def path(self, index):
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
@@ -1431,6 +1427,8 @@ def command(main, argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
+        # what refuses is a line with `raise`; int("x") is an accident, as is a loader's error,
+        # which is raised again with its Traceback in the text
         by_hand = traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise")
         if isinstance(error, KeyboardInterrupt):
             code = 130

@@ -182,7 +182,7 @@ class LARS(torch.optim.Optimizer):
             for w in group["params"]:
                 g = w.grad
                 of_w = w.norm()
-                of_g = w.grad.norm()
+                of_g = g.norm()
                 if w.ndim > 1:
                     g = g * torch.where((of_w > 0) & (of_g > 0), 0.001 * of_w / of_g, 1.0)
                 m = self.state[w].setdefault("momentum", torch.zeros_like(w)).mul_(0.9).add_(g)
