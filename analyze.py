@@ -24,6 +24,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pretrain  # before torch, whose threads it sets
 import numpy as np
 import torch
 from torch import nn
@@ -33,7 +34,6 @@ import degrade
 import finetune
 import losses
 import models
-import pretrain
 import probe
 from pretrain import PICTURE, check, load_data, positive_int, precision, seeded
 

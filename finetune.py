@@ -28,8 +28,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in pretrain.py
-
+import pretrain  # before torch, whose threads it sets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +41,6 @@ from tqdm import tqdm
 
 import degrade
 import models
-import pretrain
 from pretrain import (LABELS, check, due, learning_rate, load_data, not_negative,
                       parameter_groups, positive_int, precision, seeded, share, sum_over_processes)
 

@@ -951,13 +951,13 @@ def tensors(state):
         return {k: x for k, x in held.items() if isinstance(x, torch.Tensor)}
 
     found = of(state)
-    within = {k: of(v) for k, v in state.items() if isinstance(v, dict) and of(v)}
-    if within and not found:
-        key = next(k for k in ("model", "state_dict", *within) if k in within)
-        if key not in ("model", "state_dict") and len(within) > 1:
-            raise ValueError(f"several dicts of weights, {', '.join(map(repr, within))}: load the "
+    nested = {k: of(v) for k, v in state.items() if isinstance(v, dict) and of(v)}
+    if nested and not found:
+        key = next(k for k in ("model", "state_dict", *nested) if k in nested)
+        if key not in ("model", "state_dict") and len(nested) > 1:
+            raise ValueError(f"several dicts of weights, {', '.join(map(repr, nested))}: load the "
                              "file, and save the one you want alone")
-        found = within.pop(key)
+        found = nested.pop(key)
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
                          "give a state dict, or a dict with it as 'model' or 'state_dict'")
@@ -967,7 +967,7 @@ def tensors(state):
             if f".{name}".endswith(f".{first}")]
     prefix = max(ends, key=lambda end: sum(n.startswith(end) for n in found), default="")
     taken = {n.removeprefix(prefix): x for n, x in found.items() if n.startswith(prefix)}
-    return taken, prefix, [*within, *(n for n in found if not n.startswith(prefix))]
+    return taken, prefix, [*nested, *(n for n in found if not n.startswith(prefix))]
 
 
 # Names that tell what a file is of, where there is no such model here.

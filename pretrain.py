@@ -701,10 +701,9 @@ def samples(step, batch, length, seed):
     """
     position = torch.arange(step * batch, (step + 1) * batch)
     epochs = position // length
-    place = position % length
     index = torch.empty_like(position)
     for epoch in epochs.unique().tolist():
-        index[epochs == epoch] = order(length, seed, epoch)[place[epochs == epoch]]
+        index[epochs == epoch] = order(length, seed, epoch)[position[epochs == epoch] % length]
     return torch.stack([epochs, index], dim=1)
 
 
@@ -868,7 +867,7 @@ def image_files(folder, labelled=False, only=()):
             names = []
             folders[:] = sorted({*only} & {*folders})
         real = os.path.realpath(where)
-        here = real, inside.split(os.sep)[0] * labelled
+        here = real, inside.split(os.sep)[0] * labelled  # and its class, "." of the root
         run = {"config.json", "log.jsonl"} <= set(names)  # its own pictures
         if run or {here, (real, ".")} & seen:
             folders.clear()

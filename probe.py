@@ -12,6 +12,7 @@ import json
 import math
 import sys
 
+import pretrain  # before torch, whose threads it sets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +20,6 @@ from tqdm import tqdm
 
 import finetune
 import models
-import pretrain
 from pretrain import check, learning_rate, positive_int, precision, samples, seeded
 
 LINEAR, BLOCKS = range(102, 104)  # further streams of random numbers

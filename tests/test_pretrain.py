@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ import degrade
 import losses
 import models
 import pretrain as P
-from conftest import (ONE, TINY, checkpoint_of, equal, gradients_of, json_of, loaded, log_of,
+from conftest import (ONE, ROOT, TINY, checkpoint_of, equal, gradients_of, json_of, loaded, log_of,
                       losses_of, script, spoil, together, weights_of)
 
 CPU = torch.device("cpu")
@@ -751,6 +752,20 @@ def test_the_real_script_refuses_in_one_line(monkeypatch, capfd):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(P.__file__, run_name="__main__")
     assert re.fullmatch("pretrain.py: .*sharpen.*\n", "".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "probe", "analyze"])
+def test_how_long_threads_wait_awake_is_set_before_torch_reads_it(script):
+    run = f"""import os, sys
+class Torch:
+    def find_spec(name, *_):
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Torch)
+import {script}"""
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=env, capture_output=True)
+    assert done.stderr.strip() == b"30000"
 
 
 def damaged(folder, where, bad):
