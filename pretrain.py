@@ -39,9 +39,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-# How long torch's threads wait awake, read at its import. libgomp's own number makes a run beside
-# other programs half as fast.
+# What torch reads at its import. How long its threads wait awake: libgomp's own number makes a run
+# beside other programs half as fast. How many there are: torchrun asks for one, `set_up` shares out
+# torch's own number, that of the cores (not two threads of one, nor a laptop's slow ones).
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+    del os.environ["OMP_NUM_THREADS"]
 
 import numpy as np
 import torch
@@ -538,9 +541,8 @@ def set_up(device):
         device = f"cuda:{local % gpus}"  # on one machine more processes than GPUs share them
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
-    given = os.environ.get("OMP_NUM_THREADS")
-    if not given or given == "1" and world > 1:  # torchrun sets it to 1
-        torch.set_num_threads(max(1, cores() // here))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     if sys.platform == "linux":  # keep freed memory: asking for it again takes a tenth of a step
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX

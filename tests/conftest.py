@@ -14,10 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+# torch reads it. Batches this small are slower in two threads, far slower beside other work.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,7 +33,6 @@ import probe  # noqa: E402
 # What is the same at less cost, here and in forked processes.
 degrade.sheet.__defaults__ = "", 16  # the pictures of a run are small
 os.fsync = lambda _: None  # what a test kills has given its files to the system
-pretrain.cores = lambda: 1  # batches this small are slower in two, far slower beside other work
 pretrain.provenance = functools.cache(pretrain.provenance)  # git is asked once
 probe.STEPS = 20  # linear layers need not have learned
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # a GPU's float32 is compared with a CPU's

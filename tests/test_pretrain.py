@@ -768,6 +768,17 @@ import {script}"""
     assert done.stderr.strip() == b"30000"
 
 
+def test_threads_are_torchs_own_number_or_the_users():
+    """torchrun gives its processes OMP_NUM_THREADS=1 where the user has not set it."""
+    def threads(**more):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | more
+        run = "import pretrain; pretrain.set_up('cpu'); print(pretrain.torch.get_num_threads())"
+        return int(subprocess.check_output([sys.executable, "-c", run], cwd=ROOT, env=env))
+
+    assert threads(OMP_NUM_THREADS="1", LOCAL_RANK="0") == threads()
+    assert threads(OMP_NUM_THREADS="1") == 1
+
+
 def damaged(folder, where, bad):
     """200 images, in which those numbered `bad` are cut in half."""
     where.mkdir()
