@@ -17,18 +17,19 @@ from pathlib import Path
 # torch reads it. Batches this small are slower in two threads, far slower beside other work.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import degrade  # noqa: E402
-import finetune  # noqa: E402
-import pretrain  # noqa: E402
-import probe  # noqa: E402
+import degrade
+import finetune
+import models
+import pretrain
+import probe
 
 # What is the same at less cost, here and in forked processes.
 degrade.sheet.__defaults__ = "", 16  # the pictures of a run are small
@@ -38,6 +39,7 @@ probe.STEPS = 20  # linear layers need not have learned
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # a GPU's float32 is compared with a CPU's
 
 NET = "--model vit_micro --img_size 16 --patch_size 4 --workers 0 --amp off".split()
+RESNET = "--model resnet18 --img_size 32 --patch_size 8"
 TINY = [*NET, *"--batch_size 8 --save_every 2 --log_every 1 --steps 6".split()]
 
 
@@ -92,12 +94,11 @@ def folder(tmp_path_factory):
 def labelled(tmp_path_factory):
     """train/ and val/ with three classes that differ in brightness: 12 pictures of each, and 13."""
     where = tmp_path_factory.mktemp("labelled")
-    pixels = torch.rand(49, 20, 24, 3, generator=torch.Generator().manual_seed(0)) * 0.2
-    for i, picture in enumerate(pixels):
+    for i, pixels in enumerate(picture(49, 20, 24, 3) * 0.2):
         of_class = where / ("train" if i < 36 else "val") / f"class{i % 3}"
         of_class.mkdir(parents=True, exist_ok=True)
-        picture = ((picture + 0.4 * (i % 3)) * 255).byte().numpy()
-        Image.fromarray(picture).save(of_class / f"{i:02d}.png")
+        pixels = ((pixels + 0.4 * (i % 3)) * 255).byte().numpy()
+        Image.fromarray(pixels).save(of_class / f"{i:02d}.png")
     return where
 
 
@@ -117,13 +118,13 @@ def spoil(image, copies=0):
 @pytest.fixture
 def of(folder, labelled, tmp_path, capfd):
     """of(module, *options) -> (exit code, what was printed, what was complained about), of
-    pretrain on `folder`, of finetune or probe on `labelled`.
+    pretrain on `folder`, of finetune or probe on `labelled`, of a dense head on `scenes`.
     """
     tiny = "--recipe deit --batch_size 8 --save_every 3 --log_every 1 --steps 6".split()
     usual = {pretrain: (TINY, folder), finetune: ([*NET, *tiny], labelled), probe: (NET, labelled)}
 
     def go(module, *argv, out=None, data=None):
-        tiny, where = usual[module]
+        tiny, where = usual[module] if "--head" not in argv else ([], "scenes")
         argv = [*tiny, "--data", data or where, "--out", out or tmp_path / "run", *argv]
         return command(module, *argv), *capfd.readouterr()
     return go
@@ -132,6 +133,62 @@ def of(folder, labelled, tmp_path, capfd):
 @pytest.fixture
 def run(of):
     return functools.partial(of, pretrain)
+
+
+@pytest.fixture
+def done(of, tmp_path):
+    """done(name, options) -> the folder of that name, of a run that ends well."""
+    def go(name, options="", *argv, module=pretrain, **more):
+        code, _, complaint = of(module, *options.split(), *argv, out=tmp_path / name, **more)
+        assert code == 0, complaint
+        return tmp_path / name
+    return go
+
+
+@pytest.fixture
+def refused(of):
+    """refused(options) -> the one line of a run that ends with exit code `code`."""
+    def go(options="", *argv, code=2, module=pretrain, **more):
+        got, _, complaint = of(module, *options.split(), *argv, **more)
+        assert got == code, complaint
+        assert "Traceback" not in complaint
+        *bar, line = complaint.strip().split("\n")
+        assert code == 1 or all("step/s" in x or "skipped" in x for x in bar)
+        return line
+    return go
+
+
+def stop(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(step, action): action(), once, just before that step of a trainer, counted from 0."""
+    def when(step, action, real=pretrain.learning_rate):
+        left = [action]
+
+        def rate(now, *more):
+            if now == step and left:
+                left.pop()()
+            return real(now, *more)
+        for trainer in (pretrain, finetune):
+            monkeypatch.setattr(trainer, "learning_rate", rate)
+    return when
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name) -> (arguments, result) of each call of owner.name from now on, as a list."""
+    def noted(owner, name):
+        calls, real = [], getattr(owner, name)
+
+        def function(*args, **more):
+            calls.append((args, real(*args, **more)))
+            return calls[-1][1]
+        monkeypatch.setattr(owner, name, function)
+        return calls
+    return noted
 
 
 def script(*argv, processes=1, preamble="", **popen):
@@ -157,10 +214,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torchvision", "pytest", "probe"])
 
 
-def together(name, *argv, processes=2, preamble=""):
+def together(name, *argv, processes=2, preamble="", code=0):
     """The command of a script in processes forked from one that has imported it, to its end. More
-    than one find each other as torchrun's do. preamble: Python that runs first. -> (exit codes,
-    what they said).
+    than one find each other as torchrun's do. preamble: Python that runs first. -> what they said,
+    each having ended with exit code `code`.
     """
     said, place = tempfile.NamedTemporaryFile("r"), {}
     if processes > 1:
@@ -173,7 +230,9 @@ def together(name, *argv, processes=2, preamble=""):
         job.start()
     for job in jobs:
         job.join(200)
-    return [job.exitcode for job in jobs], said.read()
+    said = said.read()
+    assert {job.exitcode for job in jobs} == {code}, said
+    return said
 
 
 def _process(name, argv, preamble, place, said):
@@ -191,16 +250,11 @@ def command(module, *argv):
     return pretrain.command(module.main, [*map(str, argv)])
 
 
-def log_of(out):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+log_of, checkpoint_of = pretrain.read_log, models.read_weights  # of a run's folder
 
 
 def losses_of(out):
     return {line["step"]: line["loss"] for line in log_of(out) if "loss" in line}
-
-
-def checkpoint_of(out):
-    return torch.load(Path(out, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 
 def weights_of(out):
@@ -282,18 +336,13 @@ def a_run_on_scenes(go, tmp_path, *names):
     assert begun and all(close(x, before[n], 1e-6) for n, x in begun.items())
 
 
-def stopped_and_resumed(go, monkeypatch, tmp_path, *argv):
-    """go(*argv), left by Ctrl-C in the third step, and gone on with: it is one/ to the bit."""
-    real, calls, argv = finetune.learning_rate, [], [*argv, "--out", tmp_path / "parts"]
-
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "learning_rate", stopped)
-        assert go(*argv) == 130
+def stopped_and_resumed(go, at, tmp_path, *argv):
+    """go(*argv), left at once in the third step, and gone on with: it is one/ to the bit."""
+    def leave():
+        raise KeyboardInterrupt
+    argv = [*argv, "--out", tmp_path / "parts"]
+    at(2, leave)
+    assert go(*argv) == 130
     assert go(*argv, "--resume") == 0
     assert equal(weights_of(tmp_path / "parts"), weights_of(tmp_path / "one"))
 

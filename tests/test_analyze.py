@@ -20,7 +20,7 @@ import losses
 import models
 import pretrain
 import probe
-from conftest import ONE, command, json_of, loaded, log_of, spoil, views
+from conftest import ONE, close, command, json_of, loaded, log_of, spoil, views
 from degrade import degrade, paste_visible, patch_pixels, task_settings
 from pretrain import seeded
 
@@ -165,7 +165,7 @@ def test_the_maps_of_a_vit():
     want = torch.stack(want)[:, :, 1:].transpose(2, 3).unflatten(3, (4, 6))
     found = A.feature_maps(model, images, torch.clone)
     model.encode(images)  # no hook is left behind
-    assert len(found) == 12 and torch.allclose(torch.stack(found), want, atol=1e-5)
+    assert len(found) == 12 and close(torch.stack(found), want)
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def made(labelled, tmp_path_factory):
     for module, name, argv in (
             (pretrain, "zoom", "--model vit_micro --img_size 16 --patch_size 4"),
             (pretrain, "resnet", "--task a2mim --model resnet18 --img_size 32 --patch_size 8"),
-            (finetune, "tuned", f"--weights {where}/zoom --recipe small --save_every 1")):
+            (finetune, "tuned", f"--weights {where}/zoom --save_every 1")):
         assert command(module, *f"{argv} {tiny} --out {where}/{name}".split()) == 0
     held = models.read_weights(where / "tuned")
     held["model"]["head.weight"].normal_(generator=seeded(0))
@@ -248,16 +248,14 @@ def test_occlusion(do, made):
     assert found["none"]["mean"][0] > 90  # the classes differ in brightness
 
 
-def test_a_linear_layer_is_in_float32(do, monkeypatch):
+@torch.inference_mode()
+def test_a_linear_layer_is_in_float32(do, spy):
     """As in probe.py, also where its encoder is not."""
-    def spied(classify, images, *more):
-        scores.append(classify(images))
-        return occlusion(classify, images, *more)
-
-    scores, occlusion = [], A.occlusion
-    monkeypatch.setattr(A, "occlusion", spied)
+    calls = spy(A, "occlusion")
     assert do("occlusion zoom --amp bf16 --repeats 1")[0] == 0
-    assert (scores[0] != scores[0].bfloat16()).any()
+    (classify, images, *_), _ = calls[0]
+    scores = classify(images)
+    assert (scores != scores.bfloat16()).any()
 
 
 def test_a_class_that_val_lacks_is_none_to_be_right_on(do, data):
@@ -269,8 +267,8 @@ def test_a_class_that_val_lacks_is_none_to_be_right_on(do, data):
     assert do(f"occlusion tuned --repeats 1 --resume --data {data}")[0] == 0
 
 
-def altered(made, tmp_path, alter):
-    held = models.read_weights(made / "tuned")
+def altered(made, tmp_path, alter, run="tuned"):
+    held = models.read_weights(made / run)
     alter(held)
     torch.save(held, tmp_path / "x.pth")
     return tmp_path / "x.pth"
@@ -337,12 +335,10 @@ def test_reconstruct_measures_the_loss(do, made, labelled, name):
 
 def test_no_image_is_left_alone_whose_patches_come_from_others(do, made, tmp_path):
     """51 images are measured 49 and 2 at once."""
-    held = models.read_weights(made / "zoom")
     settings = task_settings("zoom_out") | dict(zoom_fill="other")
-    held["config"].update(task="zoom_out", view=[16, 16], settings=settings)
-    torch.save(held, tmp_path / "other.pth")
-    found = do(f"reconstruct {tmp_path}/other.pth --data shapes --images 51")[2]
-    assert found["other.pth"]["images"] == 51
+    path = altered(made, tmp_path, lambda held: held["config"].update(
+        task="zoom_out", view=[16, 16], settings=settings), "zoom")
+    assert do(f"reconstruct {path} --data shapes --images 51")[2]["x.pth"]["images"] == 51
 
 
 def test_a_file_of_weights_alone_is_reconstructed(do, labelled, tmp_path):

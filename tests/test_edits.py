@@ -112,7 +112,6 @@ def train(tmp_path, monkeypatch, capfd):
         monkeypatch.syspath_prepend(tmp_path)
         edited = importlib.import_module("pretrain")
         assert edited.__file__ == str(tmp_path / "pretrain.py")
-        monkeypatch.setattr(edited, "cores", lambda: 1)
         argv = ["--model", "vit_micro", *TINY[2:], *flags.format(tmp_path).split(), "--steps", 3,
                 "--out", tmp_path / out, *more]
         assert edited.command(edited.main, [*map(str, argv)]) == 0, capfd.readouterr()

@@ -1,4 +1,5 @@
 """Fine-tuning (BM 4.2; A2 5.2, A.1, Table A2): its parts by hand, and the command."""
+import functools
 import math
 import os
 import shutil
@@ -15,18 +16,23 @@ import torch.nn.functional as F
 import finetune
 import models
 import pretrain
-from conftest import (ONE, checkpoint_of, command, equal, gradients_of, json_of, log_of, spoil,
-                      together, weights_of)
+from conftest import (ONE, RESNET, checkpoint_of, close, command, equal, gradients_of, json_of,
+                      log_of, spoil, stop, together, weights_of)
 
 CPU = torch.device("cpu")
 HERE = "--workers 0 --amp off --device cpu".split()
 VIT = "--model vit_micro --img_size 16 --patch_size 4".split()
-RESNET = "--model resnet18 --img_size 32 --patch_size 8".split()
 TWO = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 40, 60)  # black, white
 
 
 def plain(*argv):
     return command(finetune, *argv, *HERE)
+
+
+@pytest.fixture
+def tuned(done):
+    """tuned(name, options) -> the folder of that name, of a fine-tuning that ends well."""
+    return functools.partial(done, module=finetune)
 
 
 def memory(images, labels, classes="abc"):
@@ -62,13 +68,6 @@ def test_on_a_folder_the_recipe_is_the_papers(flags, epochs, lr, table, tmp_path
     assert args.lr * args.batch_size / 256 == pytest.approx(lr)
 
 
-@pytest.mark.parametrize("task, recipe", [("zoom_in", "bm"), ("a2mim", "deit"), (None, "bm")])
-def test_a_runs_paper_is_its_recipe(task, recipe, tmp_path, imagenet):
-    config = dict(task=task, model="vit_small", data=str(tmp_path), img_size=[224], patch_size=16)
-    torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
-    assert finetune.options(["--weights", str(tmp_path)])[0].recipe == recipe
-
-
 @pytest.mark.parametrize("flags, batch, epochs", [("", 64, 8889), ("--labels 2", 64, 53334)])
 def test_few_images_have_a_small_batch_and_5000_steps(flags, batch, epochs, labelled):
     """36 of them, or 6."""
@@ -78,30 +77,27 @@ def test_few_images_have_a_small_batch_and_5000_steps(flags, batch, epochs, labe
     assert (args.img_size, args.patch_size, args.crop) == ([224], 16, [0.8, 1])
 
 
-def test_each_part_of_the_recipe_reaches_the_run(of, tmp_path):
+def test_each_part_of_the_recipe_reaches_the_run(tuned):
     """Another value gives another gradient in the first step. The same seed gives the same."""
     changes = ("", "--batch_size 8", "--mixup 0", "--cutmix 0", "--drop_path 0", "--smoothing 0",
                "--rand_augment 0 0", "--loss bce", "--crop 1 1", "--pool cls", "--clip 0.001",
                "--random_erasing 1", "--labels 2", "--seed 1")
     found = []
     for i, change in enumerate(changes):
-        assert of(finetune, "--steps", 1, *change.split(), out=tmp_path / str(i))[0] == 0
-        found.append(gradients_of(tmp_path / str(i)))
+        found.append(gradients_of(tuned(str(i), f"--steps 1 {change}")))
         assert torch.equal(found[0], found[-1]) == (i < 2), change
 
 
-def test_layer_decay_by_hand(of, tmp_path):
+def test_layer_decay_by_hand(tuned):
     """A2 A.1, BEiT: embeddings decay^(L + 1), block l of 1 .. L decay^(L + 1 - l), the rest 1.
 
     AdamW's first step moves a weight by its learning rate.
     """
-    flags = ("--steps 1 --warmup 0 --weight_decay 0 --clip 0 --layer_decay 0.5 --lr 0.032 "
-             "--betas 0.8 0.95").split()
-    assert of(finetune, *flags, "--drop_path", 0, "--relative_positions")[0] == 0
+    out = tuned("run", "--steps 1 --warmup 0 --weight_decay 0 --clip 0 --layer_decay 0.5 "
+                "--lr 0.032 --betas 0.8 0.95 --drop_path 0 --relative_positions")
     torch.manual_seed(0)
     before = models.encoder("vit_micro", 16, 4, 3, 3, True).state_dict()
-    after = weights_of(tmp_path / "run")
-    held = checkpoint_of(tmp_path / "run")["optimizer"]["param_groups"]
+    after, held = weights_of(out), checkpoint_of(out)["optimizer"]["param_groups"]
     assert {group["betas"] for group in held} == {(0.8, 0.95)}
     del before["head.weight"]  # it begins at random
     for name in before:
@@ -111,19 +107,16 @@ def test_layer_decay_by_hand(of, tmp_path):
         assert moved == pytest.approx(0.032 * 8 / 256 * 0.5 ** (7 - l), rel=0.03), name
 
 
-def test_each_step_has_its_own_rate_mix_and_drop_path(of, tmp_path, monkeypatch):
+def test_each_step_has_its_own_rate_mix_and_drop_path(tuned, spy):
     """And each seed. A layer's rate is its share of the logged one."""
-    drops, mixes, drop_path, mix = [], [], models.drop_path, finetune.mix
-    monkeypatch.setattr(models, "drop_path", lambda *x: (drops.append(drop_path(*x)), drops[-1])[1])
-    monkeypatch.setattr(finetune, "mix", lambda *x: (
-        mixes.append(str(x[4].bit_generator.state)), mix(*x))[1])
+    drops, mixes = spy(models, "drop_path"), spy(finetune, "mix")
     for seed in (0, 1):
-        out = tmp_path / str(seed)
-        assert of(finetune, "--steps", 3, "--seed", seed, out=out)[0] == 0
+        out = tuned(str(seed), f"--steps 3 --seed {seed}")
         rate = [line["lr"] for line in log_of(out) if "lr" in line][-1]
         assert all(group["lr"] == pytest.approx(rate * group["lr_scale"])
                    for group in checkpoint_of(out)["optimizer"]["param_groups"])
-    assert len({str(x.tolist()) for x in drops}) == len({*mixes}) == 6
+    assert len({str(drop.tolist()) for _, drop in drops}) == 6
+    assert len({str(rng.bit_generator.state) for (*_, rng), _ in mixes}) == 6
 
 
 # --- Mixing, augmenting, losses, LAMB ---
@@ -136,7 +129,7 @@ def test_targets_are_the_shares_of_the_pixels(mixup, cutmix):
         rng = np.random.default_rng(step)
         mixed, targets = finetune.mix(TWO, torch.eye(2), mixup, cutmix, rng)
         assert torch.allclose(targets.sum(1), torch.ones(2))
-        assert torch.allclose(mixed.mean((1, 2, 3)), targets[:, 1], atol=1e-5)
+        assert close(mixed.mean((1, 2, 3)), targets[:, 1])
         kinds.add("cutmix" if {*mixed.unique().tolist()} <= {0, 1} else "mixup")
         shares.append(targets[0, 0].item())
     assert kinds == {*["mixup"] * (mixup > 0), *["cutmix"] * (cutmix > 0)}
@@ -289,7 +282,7 @@ def test_what_is_measured_by_hand():
 def learned(labelled, tmp_path_factory):
     """A run that tells three brightnesses apart."""
     out = tmp_path_factory.mktemp("learned") / "run"
-    flags = "--steps 20 --save_every 10 --lr 0.032 --mixup 0 --drop_path 0 --seed 3".split()
+    flags = "--steps 20 --save_every 10 --lr 0.032 --drop_path 0 --seed 3".split()
     flags += ["--batch_size", 8, "--test_crop", 0.7, "--data", labelled, "--out", out]
     assert plain(*VIT, *flags) == 0
     return out
@@ -310,14 +303,12 @@ def test_eval_keeps_the_classifier_and_counts_every_image_once(learned, data, tm
     last = {name: log_of(learned)[-1][name] for name in ("top1", "top5", "images")}
     assert dict(last, seed=3).items() <= json_of(tmp_path / "a").items()
     shutil.move(data / "val/class0/36.png", data / "val/class2/36.png")
-    codes, said = together("finetune", *argv, tmp_path / "b", "--data", data, processes=3)
-    assert codes == [0, 0, 0], said
+    together("finetune", *argv, tmp_path / "b", "--data", data, processes=3)
     assert dict(top1=92.31, images=13).items() <= json_of(tmp_path / "b").items()
     assert [*os.listdir(tmp_path / "b")] == ["result.json"]
     for path in sorted((data / "val").rglob("*.png"))[2:]:
         path.unlink()
-    codes, said = together("finetune", *argv, tmp_path / "c", "--data", data, processes=3)
-    assert codes == [0, 0, 0], said
+    together("finetune", *argv, tmp_path / "c", "--data", data, processes=3)
     assert dict(top1=100, images=2).items() <= json_of(tmp_path / "c").items()
 
 
@@ -342,14 +333,14 @@ def test_unreadable_images_do_not_count_and_over_1_percent_stop(learned, data, t
 
 # --- The weights that it begins with ---
 
-@pytest.mark.parametrize("model, flags", [("vit_micro", VIT), ("resnet18", RESNET)])
+@pytest.mark.parametrize("model, flags", [("vit_micro", ""), ("resnet18", RESNET)])
 @pytest.mark.parametrize("kind", ["run", "file"])
-def test_weights_are_what_training_begins_with(kind, model, flags, of, run, labelled, tmp_path):
+def test_weights_are_what_training_begins_with(kind, model, flags, done, tuned, labelled, tmp_path):
     """All but the classifier. A file has timm's names, or torchvision's."""
     path, vit = tmp_path / "run", model == "vit_micro"
     if kind == "run":
         task = "mask" if vit else "a2mim"
-        assert run("--task", task, *flags, "--steps", 1, data=labelled)[0] == 0
+        done("run", f"{flags} --task {task} --steps 1", data=labelled)
         args, _, _ = finetune.options(["--weights", str(path)])
         assert (args.model, args.data) == (model, str(labelled))
         before = weights_of(path)
@@ -357,15 +348,14 @@ def test_weights_are_what_training_begins_with(kind, model, flags, of, run, labe
         before = models.encoder(model, 16 if vit else 32, 4, num_classes=3).state_dict()
         before["head.bias" if vit else "fc.bias"].fill_(7)
         torch.save(before, path)
-    flags = [*flags, "--recipe", "deit" if vit else "rsb_a3", "--test_size", 0, "--lr", 1e-9,
-             "--steps", 1, "--weights", path]
-    assert of(finetune, *flags, out=tmp_path / "fine")[0] == 0
-    after, optimizer = (checkpoint_of(tmp_path / "fine")[name] for name in ("model", "optimizer"))
+    flags += " --recipe deit" if vit else " --recipe rsb_a3 --test_size 0"
+    held = checkpoint_of(tuned("fine", f"{flags} --lr 1e-9 --steps 1 --weights {path}"))
+    after, optimizer = held["model"], held["optimizer"]
     for name, x in after.items():
         if name.startswith(("head", "fc")):
             assert x.abs().max() < 1, name
         elif "running" not in name and "num_batches" not in name:
-            assert torch.allclose(x, before[name], atol=1e-6), name
+            assert close(x, before[name], 1e-6), name
     if vit:  # MAE's start
         assert 1e-5 < after["head.weight"].std() < 4e-5
     else:  # the recipe's optimiser
@@ -375,6 +365,7 @@ def test_weights_are_what_training_begins_with(kind, model, flags, of, run, labe
 
 RUN = dict(model="vit_micro", img_size=[16, 24], patch_size=4, relative_positions=True)
 MAPS = dict(model="resnet18", img_size=[96, 96], test_size=128)
+LARGE = dict(model="vit_small", img_size=[224, 224])
 
 
 @pytest.mark.parametrize("run, flags, want", [
@@ -383,10 +374,12 @@ MAPS = dict(model="resnet18", img_size=[96, 96], test_size=128)
     (MAPS, ["--eval", "--img_size", "64"], dict(img_size=[64], test_size=0)),
     (dict(RUN, head="segment", test_crop=0.5), ["--eval", "--head", "classify"],
      dict(test_crop=1.0)),
-    (dict(model="vit_tiny", img_size=[224, 224], recipe="deit"), [], dict(recipe="deit"))])
-def test_a_run_settles_model_and_sizes(run, flags, want, tmp_path, imagenet):
+    (dict(LARGE, task="zoom_in"), [], dict(recipe="bm")), (LARGE, [], dict(recipe="bm")),
+    (dict(LARGE, task="a2mim"), [], dict(recipe="deit")),
+    (dict(LARGE, recipe="deit"), [], dict(recipe="deit"))])
+def test_a_run_settles_model_sizes_and_recipe(run, flags, want, tmp_path, imagenet):
     """A2 pre-trains a ResNet at 224 and fine-tunes it at 160. --eval measures as the run did, if it
-    was of images.
+    was of images. A run's paper is its recipe.
     """
     config = dict(dict(patch_size=16), **run, data=str(tmp_path))
     torch.save(dict(model={}, config=config), tmp_path / "checkpoint.pt")
@@ -412,8 +405,7 @@ def test_neither_accumulation_nor_two_processes_change_the_run(labelled, tmp_pat
     flags = [*VIT, *"--recipe deit --batch_size 8 --steps 3 --data".split(), labelled, *HERE]
     half = [*flags, "--accum", 2, "--out"]
     assert plain(*flags, "--out", tmp_path / "one") == plain(*half, tmp_path / "half") == 0
-    codes, said = together("finetune", *half, tmp_path / "two")
-    assert codes == [0, 0], said
+    together("finetune", *half, tmp_path / "two")
     for other in ("half", "two"):
         results, gradients = ([f(tmp_path / name) for name in ("one", other)]
                               for f in (json_of, gradients_of))
@@ -423,11 +415,11 @@ def test_neither_accumulation_nor_two_processes_change_the_run(labelled, tmp_pat
 
 @pytest.mark.parametrize("name, step, code", [
     ("learning_rate", 1, 143), ("learning_rate", 2, 143), ("save", 6, 130)])
-def test_resume_equals_never_stopping(name, step, code, of, tmp_path, monkeypatch):
+def test_resume_equals_never_stopping(name, step, code, of, tuned, tmp_path, monkeypatch):
     """The same bits, and each step and measurement once. A SIGTERM comes in step 2, or in step 3,
     which is measured. Or the run ends between measuring and saving.
     """
-    parts, whole, real = tmp_path / "parts", tmp_path / "whole", getattr(pretrain, name)
+    parts, whole, real = tmp_path / "parts", tuned("whole"), getattr(pretrain, name)
 
     def stopped(at, *args):
         if at == step and code == 130:
@@ -438,7 +430,7 @@ def test_resume_equals_never_stopping(name, step, code, of, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(finetune if code == 143 else pretrain, name, stopped)
         assert of(finetune, out=parts)[0] == code
-    assert of(finetune, "--resume", out=parts)[0] == of(finetune, out=whole)[0] == 0
+    tuned("parts", "--resume")
     assert torch.equal(gradients_of(parts), gradients_of(whole))
     assert equal(weights_of(parts), weights_of(whole))
     lines = [[{k: line[k] for k in ("step", "loss", "top1", "images") if k in line}
@@ -446,29 +438,23 @@ def test_resume_equals_never_stopping(name, step, code, of, tmp_path, monkeypatc
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0] if "top1" in line] == [3, 6]
     (parts / "result.json").unlink()  # what is done is only measured again
-    assert of(finetune, "--resume", out=parts)[0] == 0
+    tuned("parts", "--resume")
     assert json_of(parts) == json_of(whole) and len(log_of(parts)) == len(lines[0])
 
 
-def test_a_signal_in_the_last_step_changes_no_result(of, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_changes_no_result(tuned, at):
     """Of a run that also saves, and measures, in an earlier step."""
-    def last(step, total, *more, real=finetune.learning_rate):
-        if step == total - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return real(step, total, *more)
-    flags = "--save_every", 2, "--steps", 5
-    assert of(finetune, *flags, out=tmp_path / "whole")[0] == 0
-    monkeypatch.setattr(finetune, "learning_rate", last)
-    assert of(finetune, *flags, out=tmp_path / "last")[0] == 0
-    assert json_of(tmp_path / "last") == json_of(tmp_path / "whole")
-    assert log_of(tmp_path / "last")[-1]["step"] == 5 and "top1" in log_of(tmp_path / "last")[-1]
+    whole = tuned("whole", "--save_every 2 --steps 5")
+    at(4, stop)
+    last = tuned("last", "--save_every 2 --steps 5")
+    assert json_of(last) == json_of(whole)
+    assert log_of(last)[-1]["step"] == 5 and "top1" in log_of(last)[-1]
 
 
 # --- What is refused ---
 
-def test_a_loss_that_is_not_finite_stops_the_run(of, tmp_path):
-    code, _, complaint = of(finetune, "--lr", 1e30)
-    assert code == 1 and "step 2: the loss is nan" in complaint
+def test_a_loss_that_is_not_finite_stops_the_run(refused, tmp_path):
+    assert "step 2: the loss is nan" in refused("--lr 1e30", code=1, module=finetune)
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
@@ -481,15 +467,13 @@ def test_scores_that_are_not_finite_are_no_accuracy(learned, data, tmp_path, cap
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--labels", 13], "--labels 13: class class0 has only 12"),
-    (["--mixup", 1, "--batch_size", 3], "3 at once are odd"),
-    (["--weights", "nowhere.pt"], "no weights at nowhere.pt")])
-def test_what_cannot_be_done_gets_one_line_and_exit_code_2(flags, says, of):
-    code, _, complaint = of(finetune, *flags)
-    assert code == 2 and says in complaint and complaint.count("\n") == 1
+    ("--labels 13", "--labels 13: class class0 has only 12"),
+    ("--mixup 1 --batch_size 3", "3 at once are odd"),
+    ("--weights nowhere.pt", "no weights at nowhere.pt")])
+def test_what_cannot_be_done_gets_one_line_and_exit_code_2(flags, says, refused):
+    assert says in refused(flags, module=finetune)
 
 
-def test_other_classes_to_measure_on_are_refused(of, data):
+def test_other_classes_to_measure_on_are_refused(refused, data):
     shutil.move(data / "val/class1", data / "val/other")
-    code, _, complaint = of(finetune, data=data)
-    assert code == 2 and "trained on: other" in complaint and complaint.count("\n") == 1
+    assert "trained on: other" in refused(module=finetune, data=data)

@@ -1,6 +1,7 @@
 """What real folders hold: each case is read right, or one line says what is wrong."""
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -57,28 +58,24 @@ def test_the_demo_reads_as_training_does(tmp_path):
     assert view.min() == view.max() == 20000 * 255 // 65535
 
 
-def test_a_class_called_train_is_no_split(tmp_path):
-    """Its siblings hold images too. With val beside it, and nothing else, it is one."""
-    for name in ("bus", "car", "train"):
-        pictures(tmp_path / "data" / name)
-    assert len(loaded(tmp_path / "data")) == 12
-    labelled(tmp_path / "split")
-    assert len(loaded(tmp_path / "split")) == 8
+def test_train_is_a_split_with_val_beside_it_and_else_a_class(tmp_path):
+    """A split if no folder beside it holds images, too. Beside train and val nothing is data."""
+    data = tmp_path / "data"
+    labelled(data)
+    pictures(data / "samples")
+    pictures(data / ".ipynb_checkpoints")
+    assert len(loaded(data)) == 8
+    shutil.rmtree(data / "val")
+    assert len(loaded(data)) == 12
+    shutil.rmtree(data / "samples")
+    assert len(loaded(data)) == 8
 
 
-def test_what_lies_beside_train_and_val_is_no_data(tmp_path):
-    """Neither a hidden folder nor one of samples, with val there. Without, samples are a class."""
-    labelled(tmp_path / "data")
-    pictures(tmp_path / "data/.ipynb_checkpoints")
-    pictures(tmp_path / "data/samples")
-    assert len(loaded(tmp_path / "data")) == 8
-
-
-def test_a_path_stays_a_path(of, run, tmp_path, monkeypatch):
+def test_a_path_stays_a_path(of, done, tmp_path, monkeypatch):
     """A folder of one's own called shapes is not the built-in set, in no script."""
     monkeypatch.chdir(tmp_path)
     labelled(tmp_path / "shapes")
-    assert run("--steps", 1, data="./shapes", out="r")[0] == 0
+    done("r", "--steps 1", data="./shapes")
     code, said, _ = of(probe, "--weights", "r", data="./shapes", out="p")
     assert code == 0 and '"images": 8' in said
 
@@ -99,24 +96,23 @@ def test_two_links_to_one_class_folder_are_two_classes(tmp_path):
     assert len(pretrain.FolderSet(str(tmp_path / "data/train"), labelled=True)) == 12
 
 
-def test_classes_of_a_list_alone(of, run, tmp_path):
+def test_classes_of_a_list_alone(of, run, done, tmp_path):
     """--classes: an ImageNet-100 of ImageNet. A run hands it on. What is not there is said."""
     labelled(tmp_path / "data", ("cat", "dog", "sea cow"))
     (tmp_path / "some.txt").write_text("\ufeffsea cow\ncat\nyeti\n")  # as Notepad's
-    some = ["--classes", tmp_path / "some.txt"]
-    code, said, _ = run("--steps", 1, *some, data=tmp_path / "data", out=tmp_path / "r")
+    some = f"--classes {tmp_path}/some.txt --steps 1"
+    code, said, _ = run(*some.split(), data=tmp_path / "data", out=tmp_path / "r")
     assert code == 0 and "8 images" in said and "(of --classes are not there: yeti)" in said
     code, said, _ = of(probe, "--weights", tmp_path / "r", data=f"{tmp_path}/data/")  # the same
     assert code == 0 and "of 2 classes" in said and '"images": 8' in said
-    some += ["--steps", 1]
-    assert of(finetune, *some, data=tmp_path / "data", out=tmp_path / "f")[0] == 0
-    assert models.read_weights(tmp_path / "f")["config"]["classes"] == ["cat", "sea cow"]
+    fine = done("f", some, module=finetune, data=tmp_path / "data")
+    assert models.read_weights(fine)["config"]["classes"] == ["cat", "sea cow"]
     labelled(tmp_path / "other", ("a", "b"))  # the list is of the run's own data
     for name in ("data", "other"):
-        argv = ["--steps", 1, "--weights", tmp_path / "r"]
-        assert of(finetune, *argv, data=tmp_path / name, out=tmp_path / f"fine-{name}")[0] == 0
+        more = f"--steps 1 --weights {tmp_path}/r"
+        done(f"fine-{name}", more, module=finetune, data=tmp_path / name)
     pictures(tmp_path / "bare/cat")  # there is no val
-    assert run(*some, data=tmp_path / "bare", out=tmp_path / "b")[0] == 0
+    done("b", some, data=tmp_path / "bare")
     assert run("--classes", "nowhere", out=tmp_path / "s")[0] == 2
 
 
@@ -130,12 +126,12 @@ def test_weights_of_another_program(tmp_path, of):
     assert code == 0 and "79 (model_ema, teacher.cls_token," in said, said
 
 
-def test_names_that_stdout_cannot_encode(run, tmp_path, monkeypatch):
+def test_names_that_stdout_cannot_encode(done, tmp_path, monkeypatch):
     """They are printed with escapes."""
     pictures(tmp_path / "donn\u00e9es")
     said = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii", write_through=True))
-    assert run("--steps", 1, data=tmp_path / "donn\u00e9es")[0] == 0
+    done("run", "--steps 1", data=tmp_path / "donn\u00e9es")
     assert b"donn\\xe9es" in said.getvalue()
 
 

@@ -13,20 +13,7 @@ import finetune
 import models
 import pretrain
 import probe
-from conftest import command, equal, json_of, spoil
-
-RESNET = "--model resnet18 --img_size 32 --patch_size 8".split()
-
-
-def spy(monkeypatch, owner, name):
-    """The list of the arguments of every call of owner.name from now on."""
-    calls, real = [], getattr(owner, name)
-
-    def noted(*args, **more):
-        calls.append(args)
-        return real(*args, **more)
-    monkeypatch.setattr(owner, name, noted)
-    return calls
+from conftest import RESNET, close, command, equal, json_of, spoil
 
 
 # --- The probes ---
@@ -111,8 +98,8 @@ def test_the_blocks_probe_pools_the_cls_token_or_the_patches(cls):
 # --- The command ---
 
 @pytest.mark.parametrize("model, flags", [
-    ("vit_micro", []), pytest.param("resnet18", RESNET, marks=pytest.mark.slow)])
-def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatch):
+    ("vit_micro", []), pytest.param("resnet18", RESNET.split(), marks=pytest.mark.slow)])
+def test_three_probes_of_a_frozen_encoder(model, flags, of, spy, tmp_path, monkeypatch):
     """Tokens are computed once, or anew each epoch, to the same end. The backbone is in eval() and
     stays as it was.
     """
@@ -120,8 +107,7 @@ def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatc
     torch.manual_seed(0)
     before = models.encoder(model, 32 if flags else 16, 4).state_dict()
     torch.save(before, tmp_path / "encoder.pt")
-    fits = spy(monkeypatch, probe, "linear_probe")
-    scores = spy(monkeypatch, probe, "accuracy")
+    fits, scores = spy(probe, "linear_probe"), spy(probe, "accuracy")
     encoded, encode = [], models.MODELS[model].family.encode
 
     def noted(self, images):
@@ -140,16 +126,16 @@ def test_three_probes_of_a_frozen_encoder(model, flags, of, tmp_path, monkeypatc
     result = json_of(tmp_path / "anew")
     assert result == json.loads(said.splitlines()[-1]) == json_of(tmp_path / "stored")
     assert result["knn"] == result["nonlinear"] == 100 and result["images"] == 13
-    assert [vit for _, _, _, vit, _ in fits] == [not flags] * 2
-    assert torch.allclose(scores[2][0], scores[5][0], atol=1e-3)
+    assert [vit for (_, _, _, vit, _), _ in fits] == [not flags] * 2
+    assert close(scores[2][0][0], scores[5][0][0], 1e-3)
     config = json_of(tmp_path / "anew", "config")
     assert (config["epochs"], config["model"], result["blocks"]) == (12, model, 2)
 
 
-def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch):
+def test_features_are_those_of_load_encoder(of, spy, labelled, tmp_path):
     """Of the central part. Model, sizes, pooling and data are the run's."""
     assert of(finetune, "--steps", 1, "--pool", "mean", "--test_crop", 0.5)[0] == 0
-    calls = spy(monkeypatch, probe, "knn")
+    calls = spy(probe, "knn")
     argv = ["--weights", tmp_path / "run", "--out", tmp_path / "probe", "--amp", "off"]
     assert command(probe, *argv) == 0
     paths = sorted((labelled / "val").rglob("*.png"))
@@ -157,13 +143,13 @@ def test_features_are_those_of_load_encoder(of, labelled, tmp_path, monkeypatch)
     views = F.interpolate(images[:, :, 5:15, 7:17], (16, 16), mode="bicubic", antialias=True)
     with torch.no_grad():
         want = models.load_encoder(tmp_path / "run")(views / 255)
-    assert torch.allclose(calls[0][2].cpu(), want, atol=1e-5)
+    assert close(calls[0][0][2].cpu(), want)
 
 
-def test_labels_are_so_many_of_each_class(of, monkeypatch, tmp_path):
-    calls = spy(monkeypatch, probe, "knn")
+def test_labels_are_so_many_of_each_class(of, spy, tmp_path):
+    calls = spy(probe, "knn")
     assert of(probe, "--labels", 3)[0] == 0
-    assert calls[0][1].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert calls[0][0][1].tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert json_of(tmp_path / "run")["labels"] == 3
 
 
@@ -176,13 +162,14 @@ def test_a_resnet_is_probed_at_the_size_it_was_measured_at(tmp_path):
         assert args.out == Path(f"runs/probe-{tmp_path.name}-{tmp_path.name}")
 
 
-def test_unreadable_images_are_left_out_with_their_labels(of, data, tmp_path, monkeypatch):
+def test_unreadable_images_are_left_out_with_their_labels(of, spy, data, tmp_path):
     """Up to 1% of them, and more stop."""
     spoil(data / "train/class0/00.png", copies=150)
-    calls = spy(monkeypatch, probe, "knn")
+    calls = spy(probe, "knn")
     code, _, complaint = of(probe, "--blocks", 2, "--epochs", 1, data=data)
     assert code == 0 and complaint.count("skipped") == 1 and "00.png" in complaint
-    assert calls[0][1].bincount().tolist() == [161, 12, 12] and len(calls[0][0]) == 185
+    (train, labels, *_), _ = calls[0]
+    assert labels.bincount().tolist() == [161, 12, 12] and len(train) == 185
     spoil(data / "train/class0/more0.png")
     code, _, complaint = of(probe, data=data, out=tmp_path / "other")
     assert code == 1 and "2 of 186 images cannot be read" in complaint
@@ -190,22 +177,20 @@ def test_unreadable_images_are_left_out_with_their_labels(of, data, tmp_path, mo
 
 # --- What is refused ---
 
-def test_a_runs_own_folder_is_refused(of, tmp_path):
+def test_a_runs_own_folder_is_refused(refused, tmp_path):
     (tmp_path / "checkpoint.pt").touch()
-    code, _, complaint = of(probe, out=tmp_path)
-    assert code == 2 and "holds a run" in complaint and complaint.count("\n") == 1
+    assert "holds a run" in refused(module=probe, out=tmp_path)
 
 
-def test_features_that_are_not_finite_are_refused(of, tmp_path):
+def test_features_that_are_not_finite_are_refused(refused, tmp_path):
     state = models.encoder("vit_micro", 16, 4).state_dict()
     state["norm.weight"][3] = math.inf
     torch.save(state, tmp_path / "broken.pt")
-    code, _, complaint = of(probe, "--weights", tmp_path / "broken.pt")
-    assert code == 2 and "features are not finite" in complaint and complaint.count("\n") == 1
+    broken = f"--weights {tmp_path}/broken.pt"
+    assert "features are not finite" in refused(broken, module=probe)
 
 
-def test_several_processes_are_refused(of, monkeypatch):
+def test_several_processes_are_refused(refused, monkeypatch):
     several = pretrain.Process(0, 2, torch.device("cpu"))
     monkeypatch.setattr(pretrain, "set_up", lambda device: several)
-    code, _, complaint = of(probe)
-    assert code == 2 and "one process, not 2" in complaint and complaint.count("\n") == 1
+    assert "one process, not 2" in refused(module=probe)
