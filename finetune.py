@@ -996,7 +996,7 @@ def match(iou, crowd, area, area_found):
     iou = np.pad(iou, [(0, 0), (0, 1)])
     crowd = np.append(crowd, True)
     area = np.append(area, 0)
-    ignored = crowd | (area < low) | (area > high)  # (sizes, 1, t + 1): the last is nobody's
+    ignored = crowd | (area < low) | (area > high)  # (sizes, 1, t + 1)
     outside = (area_found < low) | (area_found > high)  # (sizes, 1, f)
     free = np.ones((len(SIZES), len(THRESHOLDS), len(crowd)), bool)
     right = np.empty((*free.shape[:2], len(iou)), np.int8)

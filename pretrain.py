@@ -39,14 +39,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-# What torch reads at its import. How long its threads wait awake: libgomp's own number makes a run
-# beside other programs half as fast. How many there are: torchrun asks for one, `set_up` shares out
-# torch's own number, that of the cores (not two threads of one, nor a laptop's slow ones).
+import numpy as np
+
+# torch reads both at its import. GOMP_SPINCOUNT is how long its threads wait awake: libgomp's own
+# number makes a run beside other programs half as fast. OMP_NUM_THREADS is how many there are:
+# torchrun sets it to 1 for several processes. Without it torch takes one a core, of Apple's the
+# fast ones, and `set_up` shares them out.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and os.environ.get("OMP_NUM_THREADS") == "1":
     del os.environ["OMP_NUM_THREADS"]
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -522,6 +524,9 @@ class Failed(Exception):
     """The run cannot go on: one line. It is empty where another process says it."""
 
 
+THREADS = torch.get_num_threads()  # some versions' are more than the cores that it may use
+
+
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -541,8 +546,8 @@ def set_up(device):
         device = f"cuda:{local % gpus}"  # on one machine more processes than GPUs share them
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, min(THREADS, cores()) // here))
     if sys.platform == "linux":  # keep freed memory: asking for it again takes a tenth of a step
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX

@@ -52,9 +52,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pretrain  # before torch, whose threads it sets
 import degrade
 import models
-import pretrain
 
 # Steps where 75% of the patches are dropped, and where fewer are
 SETS = {"shapes": dict(size=32, steps=(2100, 750)),

@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# torch reads it. Batches this small are slower in two threads, far slower beside other work.
+# Before torch is imported. Batches this small are slower in two threads, far slower beside other
+# work.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np

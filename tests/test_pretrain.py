@@ -709,29 +709,31 @@ def test_the_real_script_refuses_in_one_line(monkeypatch, capfd):
     assert re.fullmatch("pretrain.py: .*sharpen.*\n", "".join(capfd.readouterr()))
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune", "probe", "analyze"])
-def test_how_long_threads_wait_awake_is_set_before_torch_reads_it(script):
+@pytest.mark.parametrize("room", ["pretrain", "finetune", "probe", "analyze"])
+def test_how_long_threads_wait_awake_is_set_before_torch_reads_it(room):
     run = f"""import os, sys
 class Torch:
     def find_spec(name, *_):
         if name == "torch":
             sys.exit(os.environ.get("GOMP_SPINCOUNT"))
 sys.meta_path.insert(0, Torch)
-import {script}"""
+import {room}"""
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=env, capture_output=True)
     assert done.stderr.strip() == b"30000"
 
 
 def test_threads_are_torchs_own_number_or_the_users():
-    """torchrun gives its processes OMP_NUM_THREADS=1 where the user has not set it."""
+    """torchrun gives several processes OMP_NUM_THREADS=1 where the user has not set it."""
     def threads(**more):
         env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | more
-        run = "import pretrain; pretrain.set_up('cpu'); print(pretrain.torch.get_num_threads())"
+        run = "import pretrain as p; p.set_up('cpu'), p.set_up('cpu'); "
+        run += "print(p.torch.get_num_threads())"
         return int(subprocess.check_output([sys.executable, "-c", run], cwd=ROOT, env=env))
 
-    assert threads(OMP_NUM_THREADS="1", LOCAL_RANK="0") == threads()
-    assert threads(OMP_NUM_THREADS="1") == 1
+    alone, ones = threads(), dict(OMP_NUM_THREADS="1")
+    assert threads(**ones, LOCAL_WORLD_SIZE="2") == max(1, alone // 2)
+    assert threads(**ones, LOCAL_WORLD_SIZE="1") == 1
 
 
 def damaged(folder, where, bad):
