@@ -524,7 +524,7 @@ class Failed(Exception):
     """The run cannot go on: one line. It is empty where another process says it."""
 
 
-THREADS = torch.get_num_threads()  # some versions' are more than the cores that it may use
+THREADS = torch.get_num_threads()  # in some versions more than the cores this process may use
 
 
 def cores():
@@ -647,7 +647,11 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
 
 def clipped_norm(model, clip):
     """The norm of the gradient, which is scaled down to `clip` where that is not 0."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
 
 
 def due(done, every, args):

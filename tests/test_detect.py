@@ -326,6 +326,10 @@ def test_what_cannot_be_measured_is_refused_before_training(coco, refused):
     assert "instances_val2017.json is not of COCO's format" in refused(data=coco)
     shutil.rmtree(coco / "train2017")
     assert "instances_train2017.json: there is no" in refused(data=coco)
+    spoilt(coco, lambda held: held["annotations"].clear())
+    assert "instances_train2017.json has no objects" in refused(data=coco)
+    spoilt(coco, lambda held: held.pop("categories"))
+    assert "instances_train2017.json is not of COCO's format" in refused(data=coco)
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -48,6 +48,14 @@ def test_resize_area_is_torchs(old, new):
     assert close(L.resize_area(x, new), area(x, new), 1e-6)
 
 
+def test_resize_area_has_a_gradient_after_inference_mode():
+    with torch.inference_mode():
+        L.resize_area(picture(1, 1, 10, 10), (15, 15))
+    x = picture(1, 1, 10, 10).requires_grad_()
+    L.resize_area(x, (15, 15)).sum().backward()
+    assert x.grad.sum() == pytest.approx(15 * 15, rel=1e-4)
+
+
 def normalized(images):
     """(B, C, H, W) -> each 4 x 4 patch minus its mean, over its deviation."""
     x = images.unflatten(3, (-1, 4)).unflatten(2, (-1, 4))  # (B, C, H / 4, 4, W / 4, 4)
