@@ -62,7 +62,9 @@ def main(argv=None):
     if file.exists() and args.name != "curves":
         check(args.resume, f"{file} is there: --resume keeps its runs, another --out leaves it")
         found = json.loads(file.read_text())
-        check(found["settings"] == settings, f"{file} was made with {found['settings']}")
+        then = found["settings"]
+        other = ", ".join(f"{k} {then.get(k)}" for k in settings if then.get(k) != settings[k])
+        check(not other, f"{file} was made with {other}: give the same, or another --out")
     args.out.mkdir(parents=True, exist_ok=True)
 
     # each of the others, one after the other
@@ -314,8 +316,10 @@ def open_runs(args):
         run.weights = path
         run.held = held
         run.classes = config.get("classes")
-        step = held.get("step") if config else None
-        run.of = [run.model, *run.img_size, run.patch_size, step]  # what its numbers are of
+        weights = models.tensors(held)[0] if held else {}
+        total = sum(x.double().abs().sum().item() for x in weights.values())
+        # what its numbers are of
+        run.of = [run.model, *run.img_size, run.patch_size, f"{total:.10g}"]
         runs.append(run)
     return runs
 
@@ -403,7 +407,9 @@ def draw(panels, path):
                                    squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels):
         for label, x, y, error in panel.pop("lines"):
-            line, = axis.plot(x, y, label=label, marker="o" if len(x) < 40 else "", markersize=3,
+            # matplotlib leaves out names that begin with _, and sets in type what is between two $
+            name = f" {label}".replace("$", r"\$")
+            line, = axis.plot(x, y, label=name, marker="o" if len(x) < 40 else "", markersize=3,
                               linestyle="--" if label.strip("'") == "none" else "-")
             if error is not None:
                 axis.fill_between(x, np.subtract(y, error), np.add(y, error), alpha=0.2,
@@ -678,6 +684,8 @@ def curve(run, *_):
             r.update(pretraining=before["task"], pretraining_epochs=log[-1]["epoch"])
         elif config["weights"] == "none":
             r.update(pretraining="none", pretraining_epochs=0.0)
+        elif not Path(config["weights"]).exists():
+            print(f"{run.label}: its pre-training, {config['weights']}, is not found from here")
     return r
 
 

@@ -264,7 +264,7 @@ def open_run(weights, chosen, trains=False):
         taken += ["test_size", "test_crop"]
     if not trains or recipe == "small" or head == "classify" and not maps:
         taken.append("img_size")  # else it is the recipe's
-    if not trains:
+    if not trains and run.get("head") == head:
         taken += ["labels", "seed", "width", "num_classes", "neck", "sampled"]
     if run.get("relative_positions"):
         taken.append("relative_positions")
@@ -383,6 +383,14 @@ def run_name(script, args, *more):
     return "-".join([script, stem, Path(args.data).absolute().name, *more])
 
 
+def keep_results(args):
+    """Refuse an --out that holds a run, or what was measured of other weights."""
+    check(not (args.out / "checkpoint.pt").exists(), f"{args.out} holds a run: give another --out")
+    file = args.out / "result.json"
+    of = json.loads(file.read_text())["weights"] if file.exists() else args.weights
+    check(of == args.weights, f"{file} is of {of}: give another --out")
+
+
 def settle(args, process, data):
     """What follows from the options and the data: the share of each process, the folder."""
     if args.eval:
@@ -393,6 +401,8 @@ def settle(args, process, data):
           "--compile: the sizes of --head detect change from step to step")
     head = "" if args.head == "classify" else args.head
     pretrain.settle_folder(args, run_name("eval" if args.eval else "finetune", args, head))
+    if args.eval:
+        keep_results(args)
     check(args.test_size % args.patch_size == 0,
           f"--test_size {args.test_size}: choose a multiple of --patch_size {args.patch_size}")
     odd = args.micro_batch % 2 and (args.mixup or args.cutmix)

@@ -482,6 +482,8 @@ def settle_folder(args, name):
         path = folder_path(args.resume)
         args.origin = path / "checkpoint.pt" if path.is_dir() else path
         args.out = args.out or args.origin.parent
+    check(kind_of(args.data) != "folder" or args.out.resolve() != Path(args.data).resolve(),
+          f"--out {args.out} is the folder of --data: give another")
 
 
 def describe(args, process, data, start):
@@ -1236,12 +1238,13 @@ def config_of(args):
 
 def provenance():
     """What a run can be traced back to."""
-    describe = "git describe --always --dirty --abbrev=40 '--exclude=*' 2>/dev/null"
+    git = subprocess.run("git describe --always --dirty --abbrev=40 '--exclude=*'", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
     hardware = f"{cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_initialized():
         hardware = torch.cuda.get_device_name()
     return dict(command=" ".join(sys.argv), torch=torch.__version__, hardware=hardware,
-                commit=subprocess.getoutput(f"cd '{Path(__file__).parent}' && {describe}"))
+                commit=git.stdout.strip())
 
 
 def write_config(args):
@@ -1276,7 +1279,8 @@ def begin(args, process, state):
         old = models.read_weights(args.origin)
         check({*state, "step", "config", "recent"} <= {*old}, f"{args.origin} is no checkpoint of "
               "this script: --resume takes one, --weights takes plain weights")
-        now, then = ({**c, **c.get("settings", {}), "settings": None}
+        # what was trained on first: other options may follow from it
+        now, then = ({"contents": None, **c, **c.get("settings", {}), "settings": None}
                      for c in (config_of(args), old["config"]))
         for name, value in now.items():
             before = then.get(name)
@@ -1410,6 +1414,8 @@ WAYS_OUT = {
     "out of memory": FEWER,
     "to allocate": FEWER,
     "by peer": "another process ended, see what it says",
+    "Read-only file system": "give another --out",
+    "No space left on device": "make room, or give another --out",
 }
 
 

@@ -32,7 +32,7 @@ def main(argv=None):
     args, weights = options(argv)
     process = pretrain.set_up(args.device)
     check(process.world == 1, f"one process, not {process.world}: start it with python")
-    check(not (args.out / "checkpoint.pt").exists(), f"{args.out} holds a run: give another --out")
+    finetune.keep_results(args)
     data, val = finetune.labelled_data(args, process)
     classes = len(data.classes)
     amp = precision(args, process.device)

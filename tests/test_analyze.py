@@ -371,7 +371,9 @@ def test_a_curve_says_what_it_began_with(do, made, tmp_path, weights, pretrainin
         file.write('{"step": 3, "ep')
     config = dict(json_of(run, "config"), weights=weights.format(made=made))
     (run / "config.json").write_text(json.dumps(config))
-    found = do(f"curves {run}")[2]["run"]
+    _, said, found = do(f"curves {run}")
+    assert ("not found from here" in said) == (weights == "mae.pth")
+    found = found["run"]
     assert found.get("pretraining") == pretraining
     assert ("pretraining_epochs" in found) == (pretraining is not None)
 
@@ -394,7 +396,8 @@ def test_resume_tells_runs_of_one_name_apart(do, made, tmp_path):
     do("variance resnet none --resume")
     do(f"variance zoom {other} --resume")
     held = models.read_weights(other)
-    torch.save(dict(held, step=9), other / "checkpoint.pt")  # it was trained on
+    held["model"]["norm.weight"] += 1  # it was trained anew
+    torch.save(held, other / "checkpoint.pt")
     found = do(f"variance {other} --resume")[2]
     assert {*found} == {"zoom", "none", "resnet", "none'", "zoom'", "zoom''"}
     assert first.items() <= found.items() and found["none'"]["of"][0] == "resnet18"
@@ -406,7 +409,7 @@ def test_all_runs_are_shown_the_classes_of_the_first(do, made, tmp_path):
     code, _, found = do(f"occlusion {path} zoom --repeats 1")
     assert code == 0 and {run["images"] for run in found.values()} == {9}
     code, said, _ = do("occlusion zoom --repeats 1 --resume")
-    assert code == 2 and "'only': ['class0', 'class2']" in said
+    assert code == 2 and "was made with only ['class0', 'class2']: give" in said
 
 
 def test_the_curves_of_the_maps():
@@ -422,12 +425,13 @@ def test_the_curves_of_the_maps():
     assert share["lines"] == [("a", [0.5, 1], [0.5, 0.25], [0.2, 0.4])]
 
 
-def test_all_runs_are_on_one_sheet(do, monkeypatch):
+def test_all_runs_are_on_one_sheet(do, made, monkeypatch, tmp_path):
+    """By their names, which may hold what matplotlib takes for its own."""
     pyplot, seen = pytest.importorskip("matplotlib.pyplot"), []
     monkeypatch.setattr(pyplot, "close", lambda figure: seen.extend(figure.axes))
-    do("fourier zoom resnet")
+    do(f"fourier zoom {shutil.copytree(made / 'resnet', tmp_path / '_a$x^$')}")
     named = [[x.get_text() for x in axis.get_legend().get_texts()] for axis in seen]
-    assert named == [["zoom", "resnet"]] * 2
+    assert named == [[" zoom", r" _a\$x^\$"]] * 2
 
 
 def test_without_matplotlib_the_numbers_are_written(do, labelled, monkeypatch):

@@ -312,6 +312,13 @@ def test_eval_keeps_the_classifier_and_counts_every_image_once(learned, data, tm
     assert dict(top1=100, images=2).items() <= json_of(tmp_path / "c").items()
 
 
+def test_eval_leaves_what_another_command_left(learned, tmp_path, capfd):
+    (tmp_path / "result.json").write_text('{"weights": "another"}')
+    for out, says in ((learned, "holds a run"), (tmp_path, "is of another")):
+        assert plain("--weights", learned, "--eval", *HERE, "--out", out) == 2
+        assert says in capfd.readouterr().err
+
+
 def test_eval_without_the_classifier_is_refused(learned, data, tmp_path, capfd):
     shutil.move(data / "val/class2", data / "val/other")
     torch.save(models.encoder("vit_micro", 16, 4).state_dict(), tmp_path / "encoder.pt")
@@ -374,6 +381,7 @@ LARGE = dict(model="vit_small", img_size=[224, 224])
     (MAPS, ["--eval", "--img_size", "64"], dict(img_size=[64], test_size=0)),
     (dict(RUN, head="segment", test_crop=0.5), ["--eval", "--head", "classify"],
      dict(test_crop=1.0)),
+    (dict(RUN, head="detect", width=7), ["--eval", "--head", "segment"], dict(width=32)),
     (dict(LARGE, task="zoom_in"), [], dict(recipe="bm")), (LARGE, [], dict(recipe="bm")),
     (dict(LARGE, task="a2mim"), [], dict(recipe="deit")),
     (dict(LARGE, recipe="deit"), [], dict(recipe="deit"))])

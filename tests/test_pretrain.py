@@ -600,6 +600,10 @@ def test_a_checkpoint_goes_on_elsewhere(run, done, refused, at, folder, tmp_path
     shutil.move(moved / "class0/00.png", moved / "class0/other.png")
     P.image_files.cache_clear()
     assert "contents" in refused("--resume", old, out=tmp_path / "c", data=moved)
+    (moved / "class0/other.png").unlink()  # the epochs, too, are others then
+    P.image_files.cache_clear()
+    assert "contents" in refused("--resume", old, out=tmp_path / "c", data=moved)
+    assert "is the folder of --data" in refused(out=moved, data=moved)
 
 
 def test_resume_without_a_checkpoint_and_at_the_end(done):

@@ -177,7 +177,10 @@ def test_unreadable_images_are_left_out_with_their_labels(of, spy, data, tmp_pat
 
 # --- What is refused ---
 
-def test_a_runs_own_folder_is_refused(refused, tmp_path):
+def test_a_folder_of_a_run_or_of_other_weights_is_refused(refused, tmp_path):
+    (tmp_path / "result.json").write_text('{"weights": "another"}')
+    assert "result.json is of another" in refused(module=probe, out=tmp_path)
+    (tmp_path / "result.json").unlink()
     (tmp_path / "checkpoint.pt").touch()
     assert "holds a run" in refused(module=probe, out=tmp_path)
 
