@@ -615,6 +615,7 @@ def recovery_of(run, data, process):
     model = models.recovery_model(c.model, c.img_size, c.patch_size, data.channels, c.token_at,
                                   c.token_how, c.decoder, c.relative_positions)
     loaded = models.load_weights(model, run.held)
+    print(loaded)
     lost = [name for name in loaded.missing if name.startswith("decoder_p")]
     check(not lost, f"{run.weights} recovers no image, it lacks {', '.join(lost)}")
     return c, models.to_device(model, process.device).eval()

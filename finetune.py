@@ -827,7 +827,7 @@ def with_head(args, weights, data, says):
               "fine-tuned run, and the --data it was made for"
     if dense and args.eval:
         check(weights and models.run_config(weights).get("head") == args.head, missing)
-        models.load_weights(encoder, weights)
+        loaded = models.load_weights(encoder, weights)
         rest = {k: x for k, x in weights["model"].items() if "encoder." not in k}
         own = model.state_dict()
         check(all(k in own and own[k].shape == x.shape for k, x in rest.items()), missing)
@@ -835,8 +835,8 @@ def with_head(args, weights, data, says):
     elif weights is not None:
         loaded = models.load_weights(encoder, weights, head=args.eval)
         check(not (args.eval and loaded.missing), missing)
-        if says:
-            print(loaded)
+    if says and weights is not None:
+        print(loaded)
     return model
 
 

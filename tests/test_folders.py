@@ -71,6 +71,17 @@ def test_train_is_a_split_with_val_beside_it_and_else_a_class(tmp_path):
     assert len(loaded(data)) == 8
 
 
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch, real=os.scandir):
+    def scandir(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+    labelled(tmp_path / "data")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="dog cannot be read: Permission denied"):
+        loaded(tmp_path / "data")
+
+
 def test_a_path_stays_a_path(of, done, tmp_path, monkeypatch):
     """A folder of one's own called shapes is not the built-in set, in no script."""
     monkeypatch.chdir(tmp_path)

@@ -134,6 +134,14 @@ def test_focal_frequency_by_hand(size, alpha, batch_mean):
     assert got == pytest.approx((omega * distance ** 2).mean(), rel=1e-4)
 
 
+def test_errors_that_cancel_in_a_batch_are_seen_image_by_image():
+    """In the mean spectrum of the authors' code they do not count."""
+    target, error = picture(1, 3, 8, 8), picture(1, 3, 8, 8, seed=1)
+    prediction = torch.cat([target + error, target - error])
+    alone, mean = (L.focal_frequency(prediction, target, batch_mean=x) for x in (False, True))
+    assert mean < 1e-6 < 1e-3 < alone
+
+
 @pytest.mark.parametrize("batch_mean", [False, True])
 def test_gradient_of_focal_frequency(batch_mean):
     """That of omega |dF|^2, omega constant, at hidden pixels. Visible ones count, but detached."""

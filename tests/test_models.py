@@ -335,7 +335,9 @@ def test_positions_are_resized_from_their_grid():
 
 
 def test_positions_of_no_run_are_a_squares_or_the_models():
-    """Where they have been trained. The fixed ones tell their grid. `config` is another code's."""
+    """Where they have been learned. Fixed ones tell their grid, also when they have been trained a
+    little. `config` is another code's.
+    """
     def resized(size, old_size, trained):
         state = vit(old_size).state_dict()
         state["pos_embed"] += trained
@@ -345,6 +347,7 @@ def test_positions_of_no_run_are_a_squares_or_the_models():
     with pytest.raises(ValueError, match="not of a square"):
         resized((16, 16), (16, 24), 1)
     assert not resized((8, 32), (8, 32), 0)
+    assert not resized((8, 32), (8, 32), 0.1 * torch.randn(1, 17, 128))
     assert resized((8, 32), (16, 16), 0) and resized((16, 16), (16, 24), 0)
 
 
@@ -367,6 +370,15 @@ def test_export_is_the_plain_backbone(name, at, tmp_path):
     plain, x = M.encoder(name, 32, 8).eval(), picture(2, 3, 32, 32)
     plain.load_state_dict(state, strict=True)
     assert close(plain.encode(x), source.encode(x))
+
+
+@pytest.mark.parametrize("name, says", [("out.safetensors", "call it .pth"),
+                                        ("out.pth", "no backbone in mask_token")])
+def test_what_export_refuses(name, says, tmp_path, capsys):
+    torch.save(dict(mask_token=torch.zeros(3)), tmp_path / "in.pth")
+    with pytest.raises(SystemExit):
+        M.main(["--export", str(tmp_path / "in.pth"), str(tmp_path / name)])
+    assert says in capsys.readouterr().err and not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("name", ["vit_micro", "resnet18"])

@@ -149,9 +149,10 @@ def test_the_commands_of_the_figures(few_shapes, tmp_path):
 
 
 def test_the_commands_for_images_of_ones_own(labelled, tmp_path, done):
-    """Two measure the run that the first leaves, by its own configuration, one random weights."""
+    """Two measure the run that the first leaves, by its own configuration, two random weights."""
     own = done("own", "--task mask --steps 1", data=labelled)
-    texts = "probe.py --weights runs/mask", "finetune.py --weights runs/mask", "none --data photos"
+    texts = [f"{script}.py --weights {of}" for script in ("probe", "finetune")
+             for of in ("runs/mask", "none --data photos")]
     for i, text in enumerate(texts):
         less = ["--labels", 2, "--steps", 2] if "finetune" in text else []
         command = re.sub(r"runs/\S+", str(own), the(text))
