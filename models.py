@@ -921,7 +921,7 @@ def read_weights(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path}: pip install safetensors, to read it")
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise ValueError(f"no weights at {path}: {error.strerror or error}")
     except Exception as error:  # unpickling fails in as many ways as there are files
         code = "GLOBAL" in str(error)
