@@ -246,6 +246,7 @@ def test_occlusion(do, made):
     assert run["dropped"] == [n / 16 for n in (0, 1, 2, 4, 5, 7, 8, 10, 12, 13, 15, 15)]
     assert found["none"]["classifier"].endswith("fitted to 36 images")
     assert found["none"]["mean"][0] > 90  # the classes differ in brightness
+    assert run["deviation"] == approx(np.std(run["top1"], axis=1, ddof=1))
 
 
 @torch.inference_mode()
@@ -253,7 +254,8 @@ def test_a_linear_layer_is_in_float32(do, spy):
     """As in probe.py, also where its encoder is not."""
     calls = spy(A, "occlusion")
     assert do("occlusion zoom --amp bf16 --repeats 1")[0] == 0
-    (classify, images, *_), _ = calls[0]
+    (classify, images, _, _, base, *_), _ = calls[0]
+    assert not base.any()  # black, as in A2's tool
     scores = classify(images)
     assert (scores != scores.bfloat16()).any()
 

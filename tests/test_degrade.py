@@ -37,6 +37,7 @@ def test_random_and_center_mask():
     assert (share - 0.75).abs().max() < 0.03
     visible = ~D.center_mask(1, 14, 0.49).view(14, 14)
     assert visible[2:12, 2:12].sum() == visible.sum() == 100
+    assert (~D.random_mask(1, 10, 0.9)).sum() == 10  # .1 of 100 in floats is less
 
 
 @pytest.mark.parametrize("kind, inside", [("block", False), ("hole", True)])
@@ -88,6 +89,8 @@ def test_a_fill_is_one_color_and_keeps_the_visible_pixels(fill, color):
     want[0, :, :2, :2] = torch.tensor(color)[:, None, None]
     hidden = torch.tensor([[True, False, False, False]])
     assert close(D.fill_hidden(images, hidden, 2, fill), want)
+    rgb = D.fill_hidden(torch.ones(1, 3, 4, 4), hidden, 2, "zero")[0, :, 0, 0]
+    assert close(rgb, torch.tensor([0.485, 0.456, 0.406]))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -131,8 +134,10 @@ def test_zoom_out_fills_and_sizes():
     assert torch.equal(black, mirror * inside)
     assert torch.equal(other, torch.where(inside, mirror, x.flip(0)))
     assert close(none, D.scaled(D.scaled(x, (8, 8)), (16, 16)))
-    out = D.zoom_out(torch.ones(100, 1, 224, 14), "rand", "black", seed())
-    assert out[:, 0].any(2).sum(1).unique().tolist() == [96, 128, 160, 192]
+    for side in (224, 112):
+        out = D.zoom_out(torch.ones(100, 1, side, 14), "rand", "black", seed())
+        sizes = out[:, 0].any(2).sum(1).unique() * 224 // side
+        assert sizes.tolist() == [96, 128, 160, 192]
     assert len(D.zoom_out(torch.ones(100, 1, 4, 4), 3, "black").unique(dim=0)) == 4  # places
 
 
@@ -202,6 +207,9 @@ def test_blur_keeps_channels_apart_and_repeats_the_edge():
     out = D.blur(torch.eye(3)[1].view(1, 3, 1, 1).expand(1, 3, 12, 20), 9, generator=seed())[0]
     assert close(out, out[:, 6:7, 10:11])  # each is of one colour
     assert [x != 0 for x in out[:, 6, 10].tolist()] == [False, True, False]
+    x = F.pad(picture(1, 3, 12, 18), [1] * 4)
+    more = D.blur(F.pad(x, [4] * 4), 9, generator=seed())[..., 4:-4, 4:-4]
+    assert close(D.blur(x, 9, generator=seed()), more)
 
 
 @pytest.mark.parametrize("saturation", [0, 0.3, 0.6, 1])
@@ -264,6 +272,7 @@ def test_larger_views():
     assert torch.equal(bent.inputs, D.scaled(D.fisheye(view, generator=seed()), (224, 224)))
     assert torch.equal(zoom.target, D.scaled(view, (224, 224)))
     assert whole.target is view
+    assert D.view_size("mask", (32, 48), 40) == (40, 60)
 
 
 SETTINGS = {  # BM Table 2 and A.3

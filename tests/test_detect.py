@@ -395,6 +395,18 @@ def test_a_step_at_the_papers_sizes(name, kind, relative):
         assert parameter.endswith("pos_embed") or x.grad.isfinite().all(), parameter
 
 
+def test_anchors_are_of_32_pixels_and_more():
+    model = models.Detector(models.encoder("vit_micro", 64, 16), 3, 64, 128, width=8)
+    sizes = model.rcnn.rpn.anchor_generator.sizes
+    assert [side for level in sizes for side in level] == [32, 64, 128, 256, 512]
+
+
+def test_layers_used_again_keep_their_running_statistics():
+    norm = models.BatchNorm(3)
+    models.Again(norm)(torch.rand(2, 3, 4, 4))
+    assert not norm.running_mean.any() and norm.momentum == 0.1
+
+
 # --- The run ---
 
 @pytest.mark.parametrize("flags, want", [
@@ -415,6 +427,12 @@ def test_recipes(flags, want, coco, imagenet):
     if args.recipe.startswith("coco"):
         peak = args.lr * 16 / 256
         assert peak == pytest.approx(0.02 if args.neck == "c4" else 3e-4)
+        share = 100 / 180000 if args.neck == "c4" else 1000 / 88716
+        assert (args.warmup_share, args.betas[0]) == (share, 0.9)
+        assert (args.width, args.sampled) == (256, 512)
+        w = torch.nn.Parameter(torch.ones(1))
+        group, = finetune.OPTIMIZERS["sgd"]([w], lr=1.0, betas=args.betas).param_groups
+        assert group["momentum"] == 0.9
         total = args.epochs
         assert total == (24 if args.neck == "c4" else 12)
         rates = [pretrain.learning_rate(epoch, total, 0, peak, args.schedule, args.drops) / peak

@@ -44,11 +44,12 @@ def memory(images, labels, classes="abc"):
 DEIT = dict(model="vit_base", recipe="deit", img_size=[224], patch_size=16, batch_size=1024,
             optimizer="adamw", betas=[0.9, 0.999], weight_decay=0.05, clip=5, layer_decay=0.65,
             drop_path=0.1, smoothing=0.1, rand_augment=[9, 0.5], mixup=0.8, cutmix=1, loss="ce",
-            random_erasing=0, pool="mean")
+            random_erasing=0, pool="mean", crop=[0.08, 1], test_crop=0.875, schedule="cosine")
 BM = dict(DEIT, recipe="bm", clip=0, layer_decay=0.75, random_erasing=0.25, pool="cls")
 RSB_A3 = dict(model="resnet50", recipe="rsb_a3", img_size=[160], batch_size=2048, optimizer="lamb",
               weight_decay=0.02, clip=0, layer_decay=1, drop_path=0, smoothing=0, mixup=0.1,
-              rand_augment=[6, 0.5], cutmix=1, loss="bce", test_size=224, test_crop=0.95)
+              rand_augment=[6, 0.5], cutmix=1, loss="bce", test_size=224, test_crop=0.95,
+              crop=[0.08, 1], schedule="cosine")
 RSB_A2 = dict(RSB_A3, recipe="rsb_a2", img_size=[224], drop_path=0.05, rand_augment=[7, 0.5])
 
 
@@ -75,6 +76,7 @@ def test_few_images_have_a_small_batch_and_5000_steps(flags, batch, epochs, labe
     args, _, _ = finetune.options(argv)
     assert (args.recipe, args.batch_size, args.epochs) == ("small", batch, epochs)
     assert (args.img_size, args.patch_size, args.crop) == ([224], 16, [0.8, 1])
+    assert args.lr == 8e-3
 
 
 def test_each_part_of_the_recipe_reaches_the_run(tuned):

@@ -182,3 +182,5 @@ def test_a_perfect_prediction_costs_nothing_and_is_the_picture(norm):
     perfect = L.normalize_patches(L.patchify(view, 4), norm)
     assert L.recovery_loss(perfect, view, (8, 12), 4, norm=norm) < 1e-9
     assert close(L.recovered_picture(perfect, view, (8, 12), 4, norm), view)
+    freq = 1, 1, False  # no weight is 0 / 0
+    assert L.recovery_loss(perfect, view, (8, 12), 4, norm=norm, freq=freq) < 1e-9

@@ -55,9 +55,33 @@ def test_names_are_timms_maes_and_torchvisions():
         for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
             theirs = torchvision.models.get_model(name)
             assert shapes(M.encoder(name, num_classes=1000)) == shapes(theirs)
+    sizes = {name: tuple(M.MODELS[f"vit_{name}"].sizes.values())  # width, depth, heads
+             for name in ("tiny", "small", "base", "large", "huge")}
+    assert sizes == dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12),
+                         large=(1024, 24, 16), huge=(1280, 32, 16))
 
 
-normal = torchvision.transforms.Normalize(M.IMAGENET_MEAN, M.IMAGENET_STD)
+def test_initialisation():
+    """MAE's: Xavier's bounds, of a patch's projection as of a matrix; tokens of deviation .02. A
+    ResNet's is torchvision's, by what goes out.
+    """
+    m = M.recovery_model("vit_base")
+    for name, ends in (("patch_embed.proj", 768 + 768), ("blocks.0.mlp.fc1", 768 + 3072),
+                       ("decoder_pred", 384 + 768)):
+        w, bound = m.get_parameter(f"{name}.weight").detach(), (6 / ends) ** 0.5
+        assert 0.99 * bound < w.abs().max() < 1.0001 * bound
+        assert w.std() == pytest.approx(bound / 3 ** 0.5, rel=0.02)
+    assert all(0.015 < token.std() < 0.025 for token in (m.cls_token, m.mask_token))
+    w = M.encoder("resnet18").layer2[0].conv1.weight.detach()  # from 64 channels to 128
+    assert w.std() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+
+
+normal = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_images_that_are_not_rgb_are_normalised_alike():
+    model = M.encoder("vit_micro", 16, 4, 5)
+    assert close(model.normalize(torch.full((1, 5, 16, 16), 0.9)), torch.tensor(2.0))
 
 
 def test_vit_computes_what_torchvisions_does():
@@ -332,6 +356,9 @@ def test_positions_are_resized_from_their_grid():
     own = model.state_dict()
     assert close(own["pos_embed"][0, 1:, 0], torch.tensor([1.5, 5.5] * 8))
     assert close(own[table][:, 0], torch.tensor([-5.0, 0, 5] * 15 + [9] * 3))
+    rows = picture(1, 17, 8, 1)[..., 0]
+    want = F.interpolate(rows[:, 1:].mT.unflatten(2, (4, 4)), (6, 6), mode="bicubic")
+    assert close(M.resize_positions(rows, (4, 4), (6, 6))[:, 1:], want.flatten(2).mT)
 
 
 def test_positions_of_no_run_are_a_squares_or_the_models():

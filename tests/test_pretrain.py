@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_crop_boxes_are_those_of_random_resized_crop(height, width):
     blank, bounds = torch.empty(3, height, width), ((0.2, 1.0), (3 / 4, 4 / 3))
     theirs = [RandomResizedCrop.get_params(blank, *bounds) for _ in u]
     assert ours == pytest.approx(measured(np.array(theirs)), abs=0.03)
+    boxes = P.crop_boxes(u, height, width, (0.1, 0.2))  # they reach the far edges
+    assert (boxes[:, :2] + boxes[:, 2:]).max(0).tolist() == [height, width]
     centre = [0, 194, 10, 13]  # where no box fits
     assert np.unique(P.crop_boxes(u, 10, 400, (0.2, 1.0)), axis=0).tolist() == [centre]
 
@@ -230,6 +233,7 @@ def test_no_weight_decay_on_biases_norms_tokens_positions():
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     got = {names[id(p)]: group["weight_decay"]
            for group in P.parameter_groups(model, 0.05) for p in group["params"]}
+    assert not any("pos_embed" in name for name in names.values())  # fixed
     free = ("bias", "norm", "token", "pos_embed")
     assert got == {n: 0 if any(word in n for word in free) else 0.05 for n in names.values()}
 
@@ -253,6 +257,7 @@ A2 = dict(BOTH, epochs=800, warmed=10, lr=1e-4, betas=[0.9, 0.999], clip=5,
      dict(model="resnet50", epochs=300, lr=1.5e-4, clip=0, token_at=3)),
     ("--task simmim", dict(A2, freq=[0, 1, False], fill="token", token_how="replace"),
      dict(token_at=0)),
+    ("--data shapes", {}, dict(epochs=15, batch_size=256, warmup_share=0.05, lr=1.5e-3)),
     ("--data cifar10", {}, dict(model="vit_micro", img_size=[32, 32], epochs=12, crop=[0.5, 1])),
     ("--data shapes --model resnet18 --lr 1", {}, dict(img_size=[64, 64], epochs=5, lr=1)),
 ])
@@ -835,6 +840,15 @@ def test_a_gradient_that_overflows(amp, run, at, monkeypatch, tmp_path):
     else:
         assert (code, state["step"]) == (1, 2)
         assert re.search(r"step 3: the loss is \d", complaint)
+
+
+def test_bad_images_of_this_epoch_count():
+    data = P.MemorySet(torch.zeros(100, 1, 1, 1).byte(), torch.zeros(100), [], "")
+    args = SimpleNamespace(log_every=1, save_every=1, total=9, batch_size=100, amp="off")
+    data.bad = {"a": 0, "b": 0}  # 2%, of the first
+    for step, stops in ((1, True), (2, False)):
+        with pytest.raises(P.Failed) if stops else nullcontext():
+            P.agree([torch.ones(2)], [], step, args, data, ONE)
 
 
 def test_a_gpu_is_waited_for_where_a_line_is_logged():

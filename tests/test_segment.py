@@ -189,6 +189,12 @@ def test_classes_are_read_and_scaled_with_their_images(ade):
     view = data.view(image, 1, 0, (32, 48), (0.2, 0.2), 0)
     assert (view[3] == 255).float().mean() > 0.9  # it is shrunk to 6 pixels
     assert view[:3, 31, 24].tolist() == [123, 116, 103]  # the mean colour around it
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    where = torch.stack([y, x, x, x]).byte()  # the image says the place
+    found = [data.view(where, 1, epoch, (32, 32), (2.0, 2.0), 0) for epoch in range(60)]
+    top, left = ([int(view[i].min()) for view in found] for i in (0, 1))
+    assert min(len({*top}), len({*left})) > 15 and top != left
+    assert 15 < sum(int(view[1, 0, 0]) > int(view[1, 0, -1]) for view in found) < 45  # flipped
 
 
 def test_a_label_map_that_does_not_fit_is_named(ade, refused):
@@ -232,6 +238,14 @@ def test_an_image_without_annotation_is_refused(ade, refused):
     assert "annotations/validation/3.png" in refused(data=ade)
 
 
+def test_the_last_map_is_pooled_to_1_2_3_and_6_cells():
+    model, found = models.UperNet(models.encoder("vit_micro", 64, 4), 3, 8), []
+    for pool in model.pools:
+        pool.register_forward_pre_hook(lambda _, z: found.append(z[0].shape[2:]))
+    model(torch.rand(2, 3, 64, 64))
+    assert found == [(n, n) for n in (1, 2, 3, 6)]
+
+
 # --- The run ---
 
 @pytest.mark.parametrize("flags, want", [
@@ -246,10 +260,14 @@ def test_recipes(flags, want, ade):
     args, _, _ = finetune.options(["--head", "segment", *flags.replace("DIR", str(ade)).split()])
     assert want.items() <= vars(args).items()
     assert finetune.RECIPES["ade_a2"]["epochs"] == 100
+    if args.recipe.startswith("ade"):
+        assert (args.schedule, args.width, args.auxiliary) == ("linear", 512, 0.4)
+        assert args.lr * 16 / 256 == pytest.approx(4e-4)
+        share = 1500 / 160000 if args.recipe == "ade_bm" else 1500 * 16 / (100 * 20210)
+        assert args.warmup_share == pytest.approx(share)
     if args.recipe == "ade_bm":
         assert args.epochs == -(-5000 * 16 // 9)
         assert round(finetune.RECIPES["ade_bm"]["epochs"] * 20210 / 16) == 160000
-        assert args.lr * 16 / 256 == pytest.approx(4e-4)
 
 
 def test_a_run_on_scenes(few_scenes, spy, tmp_path):
