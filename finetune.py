@@ -201,7 +201,7 @@ RECIPES = {
     # MoCo's.
     "coco_bm": BOXES, "coco_a2": dict(BOXES, relative_positions=True),
     "coco_c4": dict(BOXES, epochs=24, optimizer="sgd", lr=0.02 * 16, betas=[0.9, 0.0],
-                    weight_decay=1e-4, drops=[2 / 3, 8 / 9], warmup_share=100 / 180000,
+                    weight_decay=1e-4, drops=[2 / 3, 8 / 9], warmup_share=1000 / 180000,
                     crop=[0.8, 1.0], drop_path=0.0, neck="c4"),
     "scenes_pixels": dict(PIXELS, img_size=[48], patch_size=4, epochs=4, warmup_share=0.05,
                           lr=8e-3, at_once=32, batch_size=32, width=32, crop=[0.75, 1.5],
@@ -248,6 +248,8 @@ def open_run(weights, chosen, trains=False):
     # the recipe, what differs for a network of maps and for a folder, and what the run had
     defaults = dict(RECIPES[recipe], model=model, data=data, recipe=recipe, root="data", only=None,
                     fitted=None)
+    if recipe.startswith("ade") and not maps:
+        defaults["width"] = models.MODELS[model].sizes["dim"]
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
         if head != "classify":
@@ -743,6 +745,16 @@ def augmentation(magnitude, deviation, erasing):
                                  erasing=erasing)
 
 
+class RandAugment(v2.RandAugment):
+    """torchvision's with the operations of timm's, all but SolarizeAdd: those of torchvision alone
+    change pixels by a quarter less.
+    """
+    _AUGMENTATION_SPACE = {
+        **{name: x for name, x in v2.RandAugment._AUGMENTATION_SPACE.items() if name != "Identity"},
+        "Invert": (lambda *_: None, False),
+        "Posterize": (lambda bins, *_: 4 - 4 * torch.arange(bins) // (bins - 1), False)}  # to bits
+
+
 def augmented(image, generator, magnitude, deviation, erasing):
     """RandAugment of a (C, H, W) uint8 image as timm's, which Table A2's (9, 0.5) means: twice,
     each time with probability 1/2, one operation at a strength of N(magnitude, deviation) of 10.
@@ -754,8 +766,8 @@ def augmented(image, generator, magnitude, deviation, erasing):
             used = torch.rand((), generator=generator) < 0.5
             torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
             if used:
-                image = v2.RandAugment(1, round(10 * min(max(strength, 0), 10)), 101,
-                                       v2.InterpolationMode.BILINEAR, [128] * len(image))(image)
+                image = RandAugment(1, round(10 * min(max(strength, 0), 10)), 101,
+                                    v2.InterpolationMode.BILINEAR, [128] * len(image))(image)
         if erasing and torch.rand((), generator=generator) < erasing:
             torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
             z = v2.RandomErasing(1, value="random")((image / 255 - 0.45) / 0.225)

@@ -520,8 +520,9 @@ class MaskToken:
     T: the mask token, one vector. D(M) in [0, 1]: the hidden patches at the size of z.
     token_at: 0 (after the projection or stem), 1 .. L, None: no token. token_how "add": the
     paper's. "replace": z <- z (1 - D(M)) + T D(M), SimMIM's.
-    # differs from the authors' code: theirs scales the hidden features by a learned factor that
-    # starts at 1e-6 before it adds T ("scaled"); and has T after its ImageNet ViTs' projection.
+    # differs from the authors' code: theirs scales the hidden features of some CNNs by a learned
+    # factor that starts at 1e-6 before it adds T ("scaled"); a ViT's layer l is its l + 1, and its
+    # ImageNet ViTs have T after the projection.
     """
 
     def __init__(self, *args, token_at, token_how, **more):
@@ -632,7 +633,7 @@ class UperNet(nn.Module):
         self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in lower)
         self.join = conv_norm(4 * width, width, 3)
         self.classify = nn.Conv2d(width, classes, 1)
-        half = max(1, width // 2)
+        half = min(256, max(1, width // 2))
         self.auxiliary = nn.Sequential(conv_norm(lower[-1], half, 3),
                                        nn.Conv2d(half, classes, 1))  # of A2's code, in training
 
@@ -704,13 +705,35 @@ def to_short_side(images, short, longest=None):
 
 class Shown(detection.transform.GeneralizedRCNNTransform):
     """Images as Mask R-CNN is given them: in training as they are, in measuring resized as training
-    images are, antialiased. (torchvision's own are not.)
+    images are, antialiased. (torchvision's own are not, and its masks lie half a pixel aside.)
     """
 
     def resize(self, image, target=None):
         if not self.training:
             image = to_short_side(image[None], self.min_size[0], self.max_size)[0]
         return image, target
+
+    def postprocess(self, result, shown, sizes):
+        masks = [found.pop("masks") for found in result]
+        for found, mask, size in zip(super().postprocess(result, shown, sizes), masks, sizes):
+            found["masks"] = paste(mask, found["boxes"], size)
+        return result
+
+
+def paste(masks, boxes, size):
+    """Masks (n, 1, m, m), each stretched over its box of (n, 4), at the middle of every pixel of an
+    image of `size` = (H, W): (n, 1, H, W).
+    """
+    m = masks.shape[2]
+    cells = torch.arange(m, device=masks.device)
+
+    def weights(low, high, side):  # bilinear: (n, 1), (n, 1) -> (n, 1, side, m)
+        x = torch.arange(side, device=masks.device) + 0.5
+        x = (x - low) / (high - low) * m - 0.5  # in cells: (n, side)
+        return (1 - (x[:, None, :, None] - cells).abs()).clamp(min=0)
+    left, top, right, bottom = boxes.T[:, :, None]
+    with torch.autocast(masks.device.type, enabled=False):
+        return weights(top, bottom, size[0]) @ masks @ weights(left, right, size[1]).mT
 
 
 class Again(nn.Module):
@@ -787,7 +810,7 @@ class Detector(nn.Module):
             rpn_pre_nms_top_n_train=many * 4 * sampled, rpn_post_nms_top_n_train=4 * sampled,
             rpn_pre_nms_top_n_test=many * 2 * sampled, rpn_post_nms_top_n_test=2 * sampled)
         self.rcnn.transform = Shown(short, longest, encoder.mean.flatten().tolist(),
-                                    [1.0] * encoder.channels, n)
+                                    [1.0] * encoder.channels, n if kind == "c4" else 2 * n)
         # its pools keep the strides of what they see first, which padding must not bend
         maps = {str(i): torch.empty(1, 1, k, k) for i, k in enumerate(
             [n // 16] if kind == "c4" else [8, 4, 2, 1])}
@@ -800,6 +823,9 @@ class Detector(nn.Module):
         measuring: such dicts, with scores (n,) and masks (n, 1, H, W) in [0, 1].
         """
         self.rcnn.backbone.drop = drop
+        if self.training:  # half a pixel right and down, as its RoIAlign reads masks
+            half = nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, 1))
+            targets = [dict(t, masks=half(t["masks"][:, None].float())[:, 0]) for t in targets]
         return self.rcnn(images, targets)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.detection import roi_heads
 
 import finetune
 import models
@@ -399,6 +400,23 @@ def test_anchors_are_of_32_pixels_and_more():
     model = models.Detector(models.encoder("vit_micro", 64, 16), 3, 64, 128, width=8)
     sizes = model.rcnn.rpn.anchor_generator.sizes
     assert [side for level in sizes for side in level] == [32, 64, 128, 256, 512]
+    shown, _ = model.eval().rcnn.transform([torch.rand(3, 64, 100)])
+    assert shown.tensors.shape[2:] == (64, 128)  # whole positions of each level
+
+
+def test_a_mask_is_trained_on_and_pasted_where_it_lies(monkeypatch):
+    """Every pixel of it, in a box with a margin and in its own."""
+    model = models.Detector(models.encoder("vit_micro", 32, 8), 3, 32, 64, "fpn", 16, 16)
+    targets = []
+    monkeypatch.setattr(roi_heads, "maskrcnn_loss", lambda logits, boxes, masks, *_:
+                        targets.extend(masks) or logits.sum())
+    mask = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    mask[:, 9:21, 10:15] = 1
+    boxes = torch.tensor([[4.0, 5, 18, 29], [10, 9, 15, 21]])
+    model([torch.rand(3, 32, 32)], None, [dict(boxes=boxes, labels=torch.tensor([1, 2]),
+                                               masks=mask)])
+    cut = roi_heads.project_masks_on_boxes(targets[0], boxes, torch.arange(2), 28)
+    assert torch.equal(models.paste(cut[:, None], boxes, (32, 32))[:, 0] > 0.5, mask.bool())
 
 
 def test_layers_used_again_keep_their_running_statistics():
@@ -427,7 +445,7 @@ def test_recipes(flags, want, coco, imagenet):
     if args.recipe.startswith("coco"):
         peak = args.lr * 16 / 256
         assert peak == pytest.approx(0.02 if args.neck == "c4" else 3e-4)
-        share = 100 / 180000 if args.neck == "c4" else 1000 / 88716
+        share = 1000 / 180000 if args.neck == "c4" else 1000 / 88716
         assert (args.warmup_share, args.betas[0]) == (share, 0.9)
         assert (args.width, args.sampled) == (256, 512)
         w = torch.nn.Parameter(torch.ones(1))

@@ -202,12 +202,21 @@ def test_a_strength_of_nine_is_nine_tenths(monkeypatch):
     def operation(ops, magnitude, bins, *_):
         strengths.append(magnitude / (bins - 1))
         return lambda image: image + ops
-    monkeypatch.setattr(finetune.v2, "RandAugment", operation)
+    monkeypatch.setattr(finetune, "RandAugment", operation)
     image = torch.zeros(1, 1, 1, dtype=torch.uint8)
     used = [finetune.augmented(image, pretrain.seeded(i), 9, 0.5, 0).item() for i in range(400)]
     assert np.bincount(used) / 400 == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
     assert (np.mean(strengths), np.std(strengths)) == pytest.approx((0.9, 0.05), abs=0.01)
     assert max(strengths) <= 1
+
+
+def test_rand_augment_has_timms_strong_operations():
+    """At 9 of 10 one bit is left of posterized colours; and inverted ones are there."""
+    image = torch.arange(192).view(3, 8, 8).byte()
+    found = [finetune.augmented(image, pretrain.seeded(i), 9, 0, 0) for i in range(400)]
+    assert any(torch.equal(x, 255 - image) for x in found)
+    assert any(torch.equal(x, image // 128 * 128) for x in found)
+    assert len(finetune.RandAugment._AUGMENTATION_SPACE) == 14
 
 
 def test_an_image_is_augmented_by_its_own_draw():

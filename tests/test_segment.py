@@ -261,7 +261,8 @@ def test_recipes(flags, want, ade):
     assert want.items() <= vars(args).items()
     assert finetune.RECIPES["ade_a2"]["epochs"] == 100
     if args.recipe.startswith("ade"):
-        assert (args.schedule, args.width, args.auxiliary) == ("linear", 512, 0.4)
+        width = 512 if args.model == "resnet50" else 768  # of a ViT the encoder's
+        assert (args.schedule, args.width, args.auxiliary) == ("linear", width, 0.4)
         assert args.lr * 16 / 256 == pytest.approx(4e-4)
         share = 1500 / 160000 if args.recipe == "ade_bm" else 1500 * 16 / (100 * 20210)
         assert args.warmup_share == pytest.approx(share)
