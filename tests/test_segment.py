@@ -246,6 +246,12 @@ def test_the_last_map_is_pooled_to_1_2_3_and_6_cells():
     assert found == [(n, n) for n in (1, 2, 3, 6)]
 
 
+def test_the_auxiliary_head_is_half_as_wide_but_256_at_most():
+    for width, half in ((32, 16), (768, 256)):
+        model = models.UperNet(models.encoder("vit_micro", 64, 4), 3, width)
+        assert model.auxiliary[-1].in_channels == half
+
+
 # --- The run ---
 
 @pytest.mark.parametrize("flags, want", [
