@@ -248,8 +248,6 @@ def open_run(weights, chosen, trains=False):
     # the recipe, what differs for a network of maps and for a folder, and what the run had
     defaults = dict(RECIPES[recipe], model=model, data=data, recipe=recipe, root="data", only=None,
                     fitted=None)
-    if recipe.startswith("ade") and not maps:
-        defaults["width"] = models.MODELS[model].sizes["dim"]
     if maps:
         defaults.update(layer_decay=1.0, pool="mean", relative_positions=False)
         if head != "classify":
@@ -257,6 +255,8 @@ def open_run(weights, chosen, trains=False):
         if recipe == "small" or recipe.startswith("scenes"):
             size = 128 if head == "detect" else 64
             defaults.update(img_size=[size], patch_size=8, drop_path=0.0)
+    elif recipe.startswith("ade"):
+        defaults["width"] = models.MODELS[model].sizes["dim"]
     if folder and recipe == "small":
         defaults.update(img_size=[224], patch_size=16)  # as in pre-training
     taken = ["root", "patch_size"]

@@ -705,13 +705,15 @@ def to_short_side(images, short, longest=None):
 
 class Shown(detection.transform.GeneralizedRCNNTransform):
     """Images as Mask R-CNN is given them: in training as they are, in measuring resized as training
-    images are, antialiased. (torchvision's own are not, and its masks lie half a pixel aside.)
+    images are, antialiased. (torchvision's own are not.) Masks are moved for its RoIAlign, which
+    takes pixels for points at their corners, and pasted by `paste`, not over whole pixels.
     """
 
     def resize(self, image, target=None):
         if not self.training:
-            image = to_short_side(image[None], self.min_size[0], self.max_size)[0]
-        return image, target
+            return to_short_side(image[None], self.min_size[0], self.max_size)[0], target
+        masks = F.pad(target["masks"][:, None].float(), (1, 0, 1, 0))  # half a pixel right and down
+        return image, dict(target, masks=F.avg_pool2d(masks, 2, 1)[:, 0])
 
     def postprocess(self, result, shown, sizes):
         masks = [found.pop("masks") for found in result]
@@ -823,9 +825,6 @@ class Detector(nn.Module):
         measuring: such dicts, with scores (n,) and masks (n, 1, H, W) in [0, 1].
         """
         self.rcnn.backbone.drop = drop
-        if self.training:  # half a pixel right and down, as its RoIAlign reads masks
-            half = nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, 1))
-            targets = [dict(t, masks=half(t["masks"][:, None].float())[:, 0]) for t in targets]
         return self.rcnn(images, targets)
 
 
