@@ -211,7 +211,7 @@ def test_the_tables_of_results_are_what_the_runs_found():
     assert f"tries {len(claims.CLAIMS)} claims" in README
     assert len(rows) - 2 == of  # all have been run
     assert (f"Of their {of} rows {hold} hold, {part} hold in part, {no} do not, {cannot} cannot be "
-            f"told, and {few} have too few seeds.") \
+            f"told, and {few} for want of seeds.") \
         in " ".join(README.split())
     for stem, found in results.items():
         name, _, network = stem.partition("-")
