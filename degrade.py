@@ -77,7 +77,7 @@ def patches_of(cells, unit):
 
 
 def random_mask(batch, grid, ratio, unit=1, generator=None, device=None, within=None):
-    """Random cells are hidden, the same number in every row: (batch, N) bool. BM 4.2, 'random'.
+    """Random cells are hidden, the same number in every image: (batch, N) bool. BM 4.2, 'random'.
 
     grid: patches per side, int or (rows, columns). ratio in [0, 1). unit: patches a mask cell spans
     per side (A2 masks 32 px cells over 16 px patches: 2).
@@ -157,9 +157,9 @@ def fill_hidden(images, hidden, p, fill="mean"):
 # --- Resampling ---
 
 def resample_matrix(start, length, source, n, cubic):
-    """`length` pixels from `start` on, both (B,), of `source` pixels, read at n: (B, n, source).
+    """The matrices (B, n, source) that resize `length` of `source` pixels, from `start` on, to n.
 
-    The filter is antialiased: it widens with the pixels per pixel read where these are above 1.
+    start, length: (B,). Antialiased: the filter widens by length / n where that is above 1.
     """
     step = length[:, None] / n  # (B, 1)
     read = start[:, None] + length[:, None] * ((torch.arange(n, device=start.device) + 0.5) / n)
@@ -444,7 +444,7 @@ def literal(text):
         return text
 
 
-# How the command line reads a setting, and what it means. One that is not here needs no entry.
+# How the command line reads a setting, and its help. A setting may do without.
 SETTINGS = {
     "mask_ratio": (float, "share of the patches that are hidden, in [0, 1)"),
     "mask_unit": (int, "patches a mask cell spans per side; A2's 32 px are 2 patches of 16"),
@@ -452,9 +452,9 @@ SETTINGS = {
                   "all hidden but the centre"),
     "fill": (("mean", "zero", "token"), "what hidden patches hold, if the encoder keeps them: the "
              "mean colour, the zero of the normalisation, or the mask token"),
-    "view_size": (int, "height of the view in pixels, the input's or an even number more"),
-    "zoom_size": (number_or_rand, "pixels of the view that fill the canvas (zoom_in) or that it is "
-                  "shrunk to (zoom_out, or rand)"),
+    "view_size": (int, "height of the view, the input's and an even number more; None: the task's"),
+    "zoom_size": (number_or_rand, "zoom_in: pixels of the view that fill the canvas; zoom_out: those "
+                  "it is shrunk to, or rand"),
     "zoom_at": (("center", "random"), "where zoom_in looks"),
     "zoom_fill": (("mirror", "none", "black", "other"), "what surrounds the picture in zoom_out"),
     "warp": (("fisheye", "wave"), "kind of distortion"),
@@ -514,7 +514,7 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
     """A view (B, C, V, V) in [0, 1] -> Degraded, by the row `task` of TASKS.
 
     size: the input's S or (h, w), the view's by default. hidden (B, N) bool: a mask of one's own,
-    of as many patches in every row. settings: as in task_settings(task), but for view_size, which
+    of as many patches in every image. settings: as in task_settings(task), but for view_size, which
     is the view's. Without a `fill` hidden patches stay in `inputs`: the network has to drop them.
     """
     values = task_settings(task)
@@ -543,7 +543,7 @@ def degrade(view, task, size=None, patch_size=16, generator=None, within=None, h
         check(right, f"a mask is {len(view)} x {math.prod(grid)} bool, not {hidden.dtype} "
               f"{tuple(hidden.shape)}")
         least, most = hidden.sum(1).aminmax()
-        check(least == most, f"a mask hides as many patches in every row, not {least} to {most}")
+        check(least == most, f"a mask hides as many patches in every image, not {least} to {most}")
         check(most, f"mask ratio {values['mask_ratio']} hides none of the cells of "
               f"{values['mask_unit']} patches a side: choose a larger one, or 0")
     there = None if hidden is None else moved(hidden, view.device)
@@ -566,7 +566,7 @@ def read_image(path):
     """
     import numpy
     from PIL import Image, ImageOps  # comes with torchvision
-    with open(path, "rb") as file, Image.open(file) as image:  # by its name Pillow may map it
+    with open(path, "rb") as file, Image.open(file) as image:  # by name Pillow may mmap it
         wide = image.mode == "F" or image.mode == "I" and image.format != "PNG"
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":

@@ -89,9 +89,9 @@ def main(argv=None):
         result = measure(model, val, args, process, amp)  # a signal came before it
         pretrain.log(args, process, step=start, epoch=start * args.batch_size / len(data), **result)
     clock = time.perf_counter()
-    timed = 0  # steps since then
-    waited = 0.0  # seconds of them, for data
-    unread = []  # losses and norms, as `agree` takes them
+    timed = 0  # steps since `clock`
+    waited = 0.0  # seconds waited for data
+    unread = []  # losses and norms, still on the device
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr, args.schedule,

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Distances in pixels, of the error prediction - target. Every task takes any of them.
+# Pixel losses, of the error prediction - target. Every task takes any of them.
 PIXEL_LOSS = {
     "mse": torch.square,  # L_MSE, BM section 3.1
     "l1": torch.abs,  # L_spa, A2 eq. 6; SimMIM's
@@ -81,7 +81,7 @@ def center(whole, size):
 
 
 def pixel_loss(prediction, target, counted=None, loss="mse"):
-    """The distance of PIXEL_LOSS, averaged over the pixels of the patches that count."""
+    """The loss of PIXEL_LOSS, averaged over the pixels of the patches that count."""
     error = PIXEL_LOSS[loss](prediction.float() - target)  # (B, N, p p C)
     return error.mean() if counted is None else (error.mean(2) * counted).sum() / counted.sum()
 
@@ -148,11 +148,11 @@ def zoom_targets(view, size, p, counted=None, norm="patch", band_weight=0.5):
 
 def recovery_loss(prediction, target, size, p, counted=None, norm="patch", band_weight=0.5,
                   loss="mse", freq=(0.0, 1.0, False)):
-    """The loss of every task: distance in pixels + lambda * L_freq (A2 eq. 6).
+    """The loss of every task: pixel loss + lambda * L_freq (A2 eq. 6).
 
     prediction (B, N, p p C): patches of a picture of `size` = (H, W). target (B, C, V, V): the
     picture to be recovered, normalised as the model's input is. If it is larger than `size`, the
-    prediction means all of it (BM A.2): it is resized to the target (area), and the error has a
+    prediction is of all of it (BM A.2): it is resized to the target (area), and the error has a
     centre and a band term. The paper gives them no weights: they weigh alike.
     freq: lambda, and focal_frequency's alpha and batch_mean.
     # differs from the authors' code: its weights are .8 and .2, but its band term sums four strips'

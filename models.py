@@ -37,7 +37,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Encoder(nn.Module):
     """A family of encoders. Images come in as RGB (or C channels) in [0, 1].
 
-    A family defines encode(images, after, drop) -> features z, where after(l, z) -> z stands behind
+    A family defines encode(images, after, drop) -> features z, where after(l, z) -> z follows
     layer or stage l = 0 .. L; `stages`, lists of blocks; `dim`, the width of the features;
     `branches`, the number of residual branches; if z is a map, `widths`, those at l = 0 .. L, and
     else `pos_embed`, `heads` and `blocks`, each of two branches; a classifier under its `head_name`
@@ -83,8 +83,8 @@ class Encoder(nn.Module):
         return [], [block for stage in self.stages for block in stage]
 
     def maps(self, images, drop=None):
-        """Four feature maps (B, D, h, w): of a ViT behind a third, a half and two thirds of its
-        blocks, and its last; of a ResNet behind its stages. Images are of any size, of a ViT a
+        """Four feature maps (B, D, h, w): of a ViT after a third, a half and two thirds of its
+        blocks, and its last; of a ResNet after its stages. Images are of any size, of a ViT a
         multiple of its patch.
         """
         found = []
@@ -148,7 +148,7 @@ def sincos_positions(dim, grid):
 def attend(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v for (B, heads, N, d). On a CPU the product written out is 3
     to 8 times as fast as torch's fused kernel (python tests/bench.py attention), and bfloat16's
-    softmax is slow for rows shorter than one of its vectors.
+    softmax is slow for rows shorter than a SIMD vector.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -234,8 +234,8 @@ def moved(x, device):
 
 @torch.compiler.disable
 def visible_index(hidden, device):
-    """The patches that are not hidden (B, N), as many in every row, as an index on the device: rows
-    (B, 1), patches (B, visible). A mask on the CPU is counted there: no GPU is waited for.
+    """The patches that are not hidden (B, N), as many in every image, as an index on the device:
+    rows (B, 1), patches (B, visible). A mask on the CPU is counted there: no GPU is waited for.
     """
     patches = (~hidden).nonzero(as_tuple=True)[1].view(len(hidden), -1)
     rows = torch.arange(len(hidden), device=device)[:, None]
@@ -290,8 +290,8 @@ class ViT(Encoder):
     def encode(self, images, hidden=None, after=lambda l, z: z, drop=None):
         """images (B, C, H, W) in [0, 1] -> (B, 1 + visible, D).
 
-        hidden (B, N) bool, the same count in every row: dropped before the projection, so nothing
-        of them reaches the encoder. after(l, z) -> z stands behind the projection (l = 0, before
+        hidden (B, N) bool, the same count in every image: dropped before the projection, so nothing
+        of them reaches the encoder. after(l, z) -> z follows the projection (l = 0, before
         positions are added) and each block. drop: (B, 2 L) from drop_path, or None. Positions are
         resized to images of another size than the model's.
         """
@@ -368,8 +368,8 @@ class BatchNorm(nn.BatchNorm2d):
 class Convolution(nn.Conv2d):
     """A convolution, on a CPU one matrix product where the result has fewer than 64 positions. With
     AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory). With a 3x3 kernel
-    of stride 2, on a map 2 wide and 3 or more high, torch's (up to 2.14) returns memory that nobody
-    wrote.
+    of stride 2, on a map 2 wide and 3 or more high, torch's (up to 2.14) returns uninitialised
+    memory.
     """
 
     def __init__(self, channels, out, kernel, stride=1, bias=False):
@@ -456,7 +456,7 @@ class ResNet(Encoder):
     def encode(self, images, after=lambda l, z: z, drop=None, last=4):
         """images (B, C, H, W) in [0, 1] -> the last feature map (B, D, H / 32, W / 32).
 
-        after(l, z) -> z stands behind the stem (l = 0) and each stage, of which `last` is the last.
+        after(l, z) -> z follows the stem (l = 0) and each stage, of which `last` is the last.
         drop: (B, blocks) or None.
         """
         z = self.relu(self.bn1(self.conv1(self.normalize(images))))

@@ -106,9 +106,9 @@ def main(argv=None):
     bar = tqdm(total=args.total, initial=start, unit="step", disable=not on_first, mininterval=1)
     received = remember_signals(on_first)
     clock = time.perf_counter()
-    timed = 0  # steps since then
-    waited = 0.0  # seconds of them, for data
-    unread = []  # losses and norms, as `agree` takes them
+    timed = 0  # steps since `clock`
+    waited = 0.0  # seconds waited for data
+    unread = []  # losses and norms, still on the device
     for step in range(start, args.total):
         # the learning rate
         lr = learning_rate(step, args.total, args.warmup_steps, args.peak_lr)
@@ -173,7 +173,7 @@ def main(argv=None):
 
 # What a paper asks for on ImageNet. warmup_share: of the run. lr: per 256 images of the batch.
 # clip 0: none. BM's batch and warm-up are those of its launch scripts.
-# at_once: the most images a process holds, the rest of its batch is accumulated. 256 of 224 pixels
+# at_once: the most images a process holds, the rest of its batch is accumulated. 256 at 224 pixels
 # take 10 GB of a GPU for zoom_in_mask of vit_base, 13 for a2mim of resnet50; more for a ViT that
 # keeps all patches.
 # differs from the authors' code: A2's has half this lr for ViTs, and steps for the cosine; for a
@@ -367,9 +367,9 @@ def options(argv=None):
     o("--decoder", metavar="DEPTHxWIDTHxHEADS", help="MAE's is 8x512x16")
     o("--relative_positions", action="store_true", help="a bias in the ViT, learned from zero: A2 "
       "has it where detection or segmentation follows")
-    o("--loss", choices=losses.PIXEL_LOSS, default=row.loss, help="distance in pixels")
+    o("--loss", choices=losses.PIXEL_LOSS, default=row.loss, help="the pixel loss")
     o("--norm_target", choices=("patch", "channel", "off"), default=row.norm_target,
-      help="what mean and deviation a target pixel is normalised by")
+      help="each target patch normalised: whole, by channel, or not")
     o("--band_weight", type=share, default=0.5, help="of the outer band of a view that is larger "
       "than the input (BM A.2)")
     o("--freq_weight", type=not_negative, default=row.freq_weight,
