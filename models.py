@@ -987,6 +987,9 @@ def tensors(state):
         raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
                          "give a state dict, or a dict with it as 'model' or 'state_dict'")
     found = {name.replace("_orig_mod.", ""): x for name, x in found.items()}
+    for sign, kind in OTHERS.items():
+        if any(f".{name}".endswith(f".{sign}") for name in found):
+            raise ValueError(f"these weights are of {kind}. There is no such model here")
     firsts = {f"{row.family.first}.weight" for row in MODELS.values()}
     ends = [name.removesuffix(first) for name in found for first in firsts
             if f".{name}".endswith(f".{first}")]
@@ -1079,10 +1082,6 @@ def load_weights(model, source, head=True):
     own = model.state_dict()
     names = list(weights)
     resized = []
-    for sign, kind in OTHERS.items():
-        if sign not in own and any(f".{n}".endswith(f".{sign}") for n in names + left):
-            raise ValueError(f"these weights are of {kind}. There is no such model here")
-
     if "base_encoder" in prefix and model.tokens and model.dim == 384:
         raise ValueError("MoCo-v3's ViT-S has 12 heads, vit_small 6: the ViT-B is the same in both")
 

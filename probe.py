@@ -147,7 +147,8 @@ def all_features(model, data, args, process, amp, blocks=False):
         at += len(z)
     pretrain.refuse_bad(data, n - at, process)
     features = features[:at]
-    check(features.isfinite().all(), "the features are not finite: try --amp off, other --weights")
+    check(torch.stack(features.aminmax()).isfinite().all(),  # without a copy of them
+          "the features are not finite: try --amp off, other --weights")
     return features, torch.cat(labels), None if tokens is None else tokens[:at]
 
 

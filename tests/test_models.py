@@ -399,10 +399,12 @@ def test_export_is_the_plain_backbone(name, at, tmp_path):
     assert close(plain.encode(x), source.encode(x))
 
 
-@pytest.mark.parametrize("name, says", [("out.safetensors", "call it .pth"),
-                                        ("out.pth", "no backbone in mask_token")])
-def test_what_export_refuses(name, says, tmp_path, capsys):
-    torch.save(dict(mask_token=torch.zeros(3)), tmp_path / "in.pth")
+@pytest.mark.parametrize("name, held, says", [
+    ("out.safetensors", ["mask_token"], "call it .pth"),
+    ("out.pth", ["mask_token"], "no backbone in mask_token"),
+    ("out.pth", ["conv1.0.weight", "layer1.0.conv1.weight"], "a ResNet with a deep stem")])
+def test_what_export_refuses(name, held, says, tmp_path, capsys):
+    torch.save({k: torch.zeros(3) for k in held}, tmp_path / "in.pth")
     with pytest.raises(SystemExit):
         M.main(["--export", str(tmp_path / "in.pth"), str(tmp_path / name)])
     assert says in capsys.readouterr().err and not (tmp_path / name).exists()
