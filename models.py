@@ -368,7 +368,7 @@ class BatchNorm(nn.BatchNorm2d):
 class Convolution(nn.Conv2d):
     """A convolution, on a CPU one matrix product where the result has fewer than 64 positions. With
     AMX torch's takes 1.2 to 7 times as long there (python tests/bench.py memory). With a 3x3 kernel
-    of stride 2, on a map 2 wide and 3 or more high, torch's (up to 2.14) returns uninitialised
+    of stride 2, on a map 2 wide and 3 or more high, torch's (up to 2.15) returns uninitialised
     memory.
     """
 
