@@ -350,7 +350,7 @@ def jobs(args, data, arm, seed):
         of = tuned if of_tuned or arm == "supervised" else weights
         argv = ["analyze.py", name, of, *machine]
         right = dict(weights=str(of))
-        if name == "interaction":  # a noise of .07 to .34 of the value
+        if name == "interaction":  # noise: a curve's a tenth at most, a pair's .07 to .34
             right.update(images=8, pairs=4, contexts=400)
             argv += ["--images", 8, "--pairs", 4, "--contexts", 400]
         found.append(Job(out / f"{name}-{arm}-{seed}", right, [*map(str, argv)], measure))
