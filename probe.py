@@ -80,7 +80,7 @@ def load_model(args, weights, channels, process, classes=0):
 
 
 def defaults_of(defaults):
-    """Of open_run's defaults, what a frozen encoder is shown: as its run was measured."""
+    """Those of open_run's defaults that are options here, at the run's test size."""
     names = ("data", "only", "model", "root", "img_size", "patch_size", "pool", "test_crop",
              "relative_positions")
     if defaults.get("test_size"):  # trained at another
