@@ -452,7 +452,7 @@ SETTINGS = {
                   "all hidden but the centre"),
     "fill": (("mean", "zero", "token"), "what hidden patches hold, if the encoder keeps them: the "
              "mean colour, the zero of the normalisation, or the mask token"),
-    "view_size": (int, "height of the view, the input's and an even number more; None: the task's"),
+    "view_size": (int, "height of the view, the input's or an even number more; None: the task's"),
     "zoom_size": (number_or_rand, "zoom_in: pixels of the view that fill the canvas; zoom_out: "
                   "those it is shrunk to, or rand"),
     "zoom_at": (("center", "random"), "where zoom_in looks"),
