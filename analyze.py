@@ -263,7 +263,7 @@ def spatial_variance(maps):
 
 
 def feature_maps(model, images, look):
-    """[look(map (B, C, h, w)) of each layer, first to last]: of a ViT's patch tokens behind each
+    """[look(map (B, C, h, w)) of each layer, first to last]: of a ViT's patch tokens after each
     attention and each MLP, of a ResNet's stem, pooling and blocks.
     """
     inputs, outputs = model.watched

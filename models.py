@@ -987,9 +987,6 @@ def tensors(state):
         raise ValueError(f"no named tensors in a dict of {', '.join(map(repr, list(state)[:8]))}: "
                          "give a state dict, or a dict with it as 'model' or 'state_dict'")
     found = {name.replace("_orig_mod.", ""): x for name, x in found.items()}
-    for sign, kind in OTHERS.items():
-        if any(f".{name}".endswith(f".{sign}") for name in found):
-            raise ValueError(f"these weights are of {kind}. There is no such model here")
     firsts = {f"{row.family.first}.weight" for row in MODELS.values()}
     ends = [name.removesuffix(first) for name in found for first in firsts
             if f".{name}".endswith(f".{first}")]
@@ -1010,6 +1007,13 @@ OTHERS = {
     "patch_embed.proj.0.weight": "a ViT with a stem of convolutions",
     "conv1.0.weight": "a ResNet with a deep stem",
 }
+
+
+def refuse_others(names, own=()):
+    """ValueError where a file's names tell of a network that is not here. own: the model's."""
+    for sign, kind in OTHERS.items():
+        if sign not in own and any(f".{name}".endswith(f".{sign}") for name in names):
+            raise ValueError(f"these weights are of {kind}. There is no such model here")
 
 
 class Loaded(NamedTuple):
@@ -1082,6 +1086,8 @@ def load_weights(model, source, head=True):
     own = model.state_dict()
     names = list(weights)
     resized = []
+    refuse_others(names + left, own)
+
     if "base_encoder" in prefix and model.tokens and model.dim == 384:
         raise ValueError("MoCo-v3's ViT-S has 12 heads, vit_small 6: the ViT-B is the same in both")
 
@@ -1153,7 +1159,11 @@ def main(argv=None):
     try:
         if out.endswith(".safetensors"):
             raise ValueError(f"{out}: what is written is torch's own kind, call it .pth")
-        torch.save(export(tensors(read_weights(run))[0]), f"{out}.part")
+        state = read_weights(run)
+        weights, _, left = tensors(state)
+        if not run_config(state):  # a run may be of a family of one's own
+            refuse_others([*weights, *left])
+        torch.save(export(weights), f"{out}.part")
         os.replace(f"{out}.part", out)  # whole or not at all
     except (ValueError, OSError, RuntimeError) as error:
         p.exit(2, f"models.py: {str(error).splitlines()[0]}\n")

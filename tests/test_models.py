@@ -386,6 +386,18 @@ def test_mocos_small_vit_has_other_heads():
                                model.state_dict().items()})
 
 
+def test_a_network_of_ones_own_may_have_a_name_that_others_have(tmp_path):
+    """Elsewhere it tells of a network that is not here: tests/test_folders.py."""
+    model = M.encoder("vit_micro", 32, 8)
+    model.dist_token = torch.nn.Parameter(torch.ones(3))
+    state = model.state_dict()
+    assert "dist_token" in M.load_weights(model, state).loaded
+    config = dict(model="vit_micro", img_size=[32, 32], patch_size=8)
+    torch.save(dict(model=state, config=config), tmp_path / "checkpoint.pt")
+    M.main(["--export", str(tmp_path), str(tmp_path / "out.pth")])
+    assert "dist_token" in torch.load(tmp_path / "out.pth")
+
+
 @pytest.mark.parametrize("name, at", [("vit_micro", "decoder"), ("vit_micro", 2), ("resnet18", 3)])
 def test_export_is_the_plain_backbone(name, at, tmp_path):
     """It loads strictly, computes the same and is contiguous."""

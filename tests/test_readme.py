@@ -211,8 +211,8 @@ def test_the_tables_of_results_are_what_the_runs_found():
     assert f"tries {len(claims.CLAIMS)} claims" in README
     assert len(rows) - 2 == of  # all have been run
     assert not few
-    assert (f"Of their {of} rows {hold} hold, {part} hold in part, {no} do not, and {cannot} cannot "
-            "be told.") in " ".join(README.split())
+    assert (f"Of their {of} rows {hold} hold, {part} hold in part, {no} do not, and {cannot} "
+            "cannot be told.") in " ".join(README.split())
     for stem, found in results.items():
         name, _, network = stem.partition("-")
         if name != "scenes":
