@@ -379,7 +379,7 @@ def budget():
     args = claims.options([])
     for data in claims.SETS:
         made = [claims.jobs(args, data, task, 0)[0] for task in degrade.TASKS
-                if not claims.grey(data, task)]
+                if not claims.absent(data, task)]
         found = in_turn(5, *(make_step(shlex.join(job.argv[1:])) for job in made))
         rounds = [[s * job.right["steps"] for s, job in zip(row, made)] for row in found]
         for job, whole in zip(made, zip(*rounds)):
