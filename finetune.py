@@ -77,7 +77,7 @@ def main(argv=None):
     if process.world > 1:
         net = nn.parallel.DistributedDataParallel(net)
     if on_first:
-        print(pretrain.describe(args, process, data, start), flush=True)
+        print(pretrain.describe(args, process, data, model, start), flush=True)
 
     first_rows, wanted = pretrain.micro_batches(args, process, start)
     views = data.batches(wanted, tuple(args.img_size), args.crop, args.seed, device, args.workers,

@@ -99,7 +99,7 @@ def main(argv=None):
     loss_function = torch.compile(loss_of, disable=not args.compile)
     shown = pictures_to_show(args, process, data)
     if on_first:
-        print(describe(args, process, data, start), flush=True)
+        print(describe(args, process, data, model, start), flush=True)
 
     first_rows, wanted = micro_batches(args, process, start)
     views = data.batches(wanted, tuple(args.view), args.crop, args.seed, device, args.workers)
@@ -486,14 +486,16 @@ def settle_folder(args, name):
           f"--out {args.out} is the folder of --data: give another")
 
 
-def describe(args, process, data, start):
+def describe(args, process, data, model, start):
     """The first lines of a run: recipe, real numbers, what is set."""
     config = config_of(args)
     config.update(config.pop("settings", {}), **provenance())
     config = ", ".join(f"{k} {v}" for k, v in config.items()
                        if k != "classes" and v is not None and v is not False)
     recipe = f"{args.recipe}, {args.fitted}" if args.fitted else args.recipe
-    return (f"{args.model} on {args.data} by the recipe {recipe}: {data.found}\n"
+    parameters = sum(x.numel() for x in model.parameters())
+    return (f"{args.model} ({parameters:,} parameters) on {args.data} by the recipe {recipe}: "
+            f"{data.found}\n"
             f"{args.total} steps of {args.batch_size} images = {args.micro_batch} x "
             f"{process.world} processes x {args.accum}, learning rate {args.lr:g} x "
             f"{args.batch_size} / 256 = {args.peak_lr:.3g}, {args.warmup_steps} steps of warm-up, "

@@ -342,8 +342,9 @@ def test_a_small_run_leaves_all_it_should(run, done, tmp_path):
     flags = "--lr 0.032 --accum 2 --warmup 1"
     code, said, _ = run("--log_every", 2, *flags.split())
     said, out = " ".join(said.split()), tmp_path / "run"
-    for words in ("recipe BM's, small, fitted to 24 images", ": 24 images",
-                  "8 images = 4 x 1 processes x 2",
+    numbers = sum(x.numel() for x in models.read_weights(out)["model"].values())
+    for words in (f"vit_micro ({numbers:,} parameters)", "8 images = 4 x 1 processes x 2",
+                  "recipe BM's, small, fitted to 24 images", ": 24 images",
                   "= 0.001,", "mask_ratio 0.75", "seed 0,", "done: "):
         assert words in said
     pictures = [f"recovered_{step:07d}.png" for step in (2, 4, 6)]
