@@ -294,24 +294,37 @@ def memory():
         report_ratio(f"{label}: contiguous / channels-last, time", in_turn(5, *both))
 
 
+# By their names, of a CPU's operations and a GPU's kernels. A kernel that torch.compile made of
+# several operations is in the rest.
+PARTS_OF_A_STEP = {
+    "cpu": ("matrix products: mm linear convolution", "casts and copies: copy_ cat clone",
+            "attention: softmax attention", "layer norm: layer_norm", "GELU: gelu",
+            "optimiser: adamw"),
+    "cuda": ("matrix products: gemm nvjet cutlass", "attention: sdpa flash fmha",
+             "optimiser: multi_tensor"),
+}
+
+
 def profile():
-    work = make_step(f"--task mask {NETWORKS[VIT_B]}")
-    work()
-    with torch.profiler.profile() as p:
-        work()
-    clock = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-    cpu = torch.autograd.DeviceType.CPU  # operations: a GPU's kernels are listed beside them
-    events = [(e.key.lower(), getattr(e, clock)) for e in p.key_averages()
-              if e.device_type == cpu]
-    whole = rest = sum(t for _, t in events)
-    for group in ("matrix products: mm linear convolution", "casts and copies: copy_ cat clone",
-                  "attention: softmax attention", "layer norm: layer_norm", "GELU: gelu",
-                  "optimiser: adamw"):
-        group, keys = group.split(": ")
-        part = sum(t for name, t in events if any(k in name for k in keys.split()))
-        rest -= part
-        report(f"ViT-B/16 step: {group}", [part / whole], "of the time")
-    report("ViT-B/16 step: the rest", [rest / whole], "of the time")
+    gpu = device.type == "cuda"
+    kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    for more in ("", "--compile")[:1 + gpu]:
+        work = make_step(f"--task mask {NETWORKS[VIT_B]} {more}")
+        label = f"ViT-B/16 step {more}".strip()
+        seconds(work, 4 if gpu else 1)
+        with torch.profiler.profile() as p:
+            whole = seconds(work, 1)
+        events = [(e.key.lower(), getattr(e, f"self_{'device' if gpu else 'cpu'}_time_total"))
+                  for e in p.key_averages()
+                  if e.device_type == kind and not e.key.startswith("Optimizer.")]  # a span
+        busy = rest = sum(t for _, t in events)
+        for group in PARTS_OF_A_STEP[device.type]:
+            group, keys = group.split(": ")
+            part = sum(t for name, t in events if any(k in name for k in keys.split()))
+            rest -= part
+            report(f"{label}: {group}", [part / busy], "of the time")
+        report(f"{label}: the rest", [rest / busy], "of the time")
+        report(f"{label}: all of these", [busy / 1e3], "ms", f"of {1e3 * whole:.1f}")
 
 
 def degrade_():
@@ -389,14 +402,17 @@ def budget():
 
 def compile_():
     """What --compile adds to a step."""
-    for name, flags in (("ViT-B/16", f"--task mask {NETWORKS[VIT_B]}"),
-                        ("ViT-B/16, twice the batch", f"--task mask {NETWORKS[VIT_B]} "
-                         f"--batch_size {2 * N} --accum 1"),
-                        ("default small model", "--task mask")):
+    for label, flags in ((f"{VIT_B}, mask", f"--task mask {NETWORKS[VIT_B]}"),
+                         (f"{VIT_B}, zoom_in_mask", f"--task zoom_in_mask {NETWORKS[VIT_B]}"),
+                         (f"ViT-B/16 at 224, batch {2 * N}, mask",
+                          f"--task mask {NETWORKS[VIT_B]} --batch_size {2 * N} --accum 1"),
+                         (f"{RESNET}, a2mim", f"--task a2mim {NETWORKS[RESNET]}"),
+                         ("default small model, mask", "--task mask")):
         torch.compiler.reset()  # a second size in a process would be compiled for any size
         plain, fast = (make_step(f"{flags} {more}") for more in ("", "--compile"))
-        report(f"{name}: compiling", [seconds(fast, 1)], "s")
-        compare(f"{name}, compiled", fast, "as it is / compiled", plain, 5)
+        report(f"{label}: compiling", [seconds(fast, 1)], "s")
+        seconds(fast, 3)  # the graphs are recorded
+        compare(f"{label}, compiled", fast, "as it is / compiled", plain, 5)
 
 
 PARTS = {part.__name__.strip("_"): part for part in (

@@ -1,7 +1,7 @@
 """The CUDA path, once, for real: meant for under eight minutes on one GPU.
 
     python tests/gpu.py                          all parts
-    python tests/gpu.py same curves              only these, of: same curves kill runs scripts
+    python tests/gpu.py same curves              only these, of: same curves nccl kill runs scripts
     python tests/gpu.py --device cpu             with small numbers, to try this script
 
 A line a figure, with what is wanted of it; the last line is JSON. Exit code 1 where something
@@ -57,7 +57,8 @@ def command(name, script, *argv, launcher=()):
     out, start = folder / name.replace(" ", "_"), time.perf_counter()
     argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv), "--out", out]
     done = subprocess.run(argv, cwd=claims.ROOT, capture_output=True, text=True)
-    last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+    said = (done.stdout + done.stderr).strip().splitlines()
+    last = [line for line in said if "Error" in line][-1:] or said[-1:]
     report(f"{name}: seconds", round(time.perf_counter() - start, 1), not done.returncode,
            f"exit code {done.returncode}: {last}" if done.returncode else "")
     return out, [line for line in pretrain.read_log(out) if "loss" in line]
@@ -116,11 +117,50 @@ def curves():
                    apart < 1e-2, "below 1e-2")
 
 
+NCCL = f"""
+import sys
+import torch.distributed as dist
+sys.path.insert(0, {str(claims.ROOT)!r})
+import pretrain
+
+class Several(int):  # 1, and yet more than 1
+    __gt__ = lambda *_: True
+    __eq__ = lambda *_: False
+
+def joined(device, alone=pretrain.set_up):
+    process = alone(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return process._replace(world=Several(1))
+
+pretrain.set_up = joined
+dist.get_world_size = lambda *_: Several(1)
+sys.exit(pretrain.command(pretrain.main))
+"""
+
+
+def nccl():
+    """One process that takes the ways of several, since NCCL wants a GPU for each: its group,
+    DistributedDataParallel, sums over processes, the batch norm of all; beside a run of one.
+    """
+    script = folder / "nccl.py"
+    script.write_text(NCCL)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=1".split()
+    for task, model in (("zoom_in_mask", "vit_micro"), ("a2mim", "resnet18")):
+        argv = [*SMALL, "--task", task, "--model", model, "--steps", 20, "--batch_size", 64,
+                "--accum", 2]
+        alone = command(f"alone {task}", "pretrain", *argv)[1]
+        joined = command(f"NCCL {task}", script.with_suffix(""), *argv, launcher=launcher)[1]
+        apart = furthest(losses_of(alone), losses_of(joined))
+        report(f"{task}, {model}, as one of several: 20 losses, relative", apart,
+               len(joined) == 20 and apart < 1e-2, "below 1e-2")
+
+
 def runs():
     """200 steps of each paper, from JPEGs and from memory, in both precisions, compiled."""
     for task, model in (("zoom_in_mask", "vit_base"), ("a2mim", "resnet50")):
-        for data, amp, more in ((photos(), "bf16", ""), ("shapes", "bf16", ""),
-                                ("shapes", "fp16", ""), ("shapes", "bf16", "--compile")):
+        for data, amp, more in ((photos(), "bf16", ""), (photos(), "bf16", "--compile"),
+                                ("shapes", "bf16", ""), ("shapes", "fp16", ""),
+                                ("shapes", "bf16", "--compile")):
             argv = f"--task {task} --data {data} --amp {amp} {more} --device {asked.device}".split()
             argv += SMALL if not BIG else f"--model {model} --batch_size 128 --img_size 224 " \
                 "--patch_size 16 --steps 200 --log_every 20".split()
@@ -169,7 +209,7 @@ def scripts():
         command(name, "finetune", *argv, "--weights", "none" if more else run)
 
 
-PARTS = {part.__name__: part for part in (same, curves, kill, runs, scripts)}
+PARTS = {part.__name__: part for part in (same, curves, nccl, kill, runs, scripts)}
 
 if __name__ == "__main__":
     if device.type == "cuda" and not torch.cuda.is_available():
