@@ -1035,7 +1035,8 @@ def load_data(args, process, split="train", labelled=False, classes=None):
             which = dict(split=seen if train else "test")
         read = functools.partial(getattr(torchvision.datasets, SETS[args.data]), args.root, **which)
         on_rank_0(lambda: read(download=args.download), process, ValueError,  # it fetches for all
-                  f"--data {args.data} cannot be read from --root {args.root}")
+                  f"--data {args.data} cannot be read from --root {args.root}"
+                  + " (--download fetches it)" * (not args.download))
         made = read()
         images = torch.as_tensor(made.data, device=process.device)
         if images.ndim == 3:  # grey

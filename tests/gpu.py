@@ -1,4 +1,4 @@
-"""The CUDA path, once, for real: meant for under eight minutes on one GPU.
+"""The CUDA path, once, for real: about twelve minutes on one GPU, half of them `runs`.
 
     python tests/gpu.py                          all parts
     python tests/gpu.py same curves              only these, of: same curves nccl kill runs scripts

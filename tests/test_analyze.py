@@ -529,13 +529,25 @@ def test_an_analysis_of_other_settings_or_another_run_is_not_taken(tmp_path):
 
 def test_a_figure_is_drawn_of_two_arms_that_are_measured(tmp_path, capfd):
     pytest.importorskip("matplotlib")
-    found, drawn = {}, tmp_path / "figures/claims.png"
-    (tmp_path / "shapes").mkdir()
+    found = {"probe-zoom_in-0": dict(knn=1.0, linear=2.0)}
+    drawn = tmp_path / "figures/claims.png"
+    for data in claims.SETS:
+        (tmp_path / data).mkdir()
+        (tmp_path / data / "results.json").write_text("{}")
     for arm, there in (("zoom_in", False), ("zoom_in.96", True)):
         found[f"finetune-{arm}-0-100"] = dict(top1=50.0)
         (tmp_path / "shapes/results.json").write_text(json.dumps(found))
-        assert command(claims, "--sheet", "--out", tmp_path) == 2
-        assert "there are no runs to draw" in capfd.readouterr().err and drawn.exists() == there
+        assert command(claims, "--sheet", "--out", tmp_path) == 0
+        assert "has no runs: figures.png is not drawn" in capfd.readouterr().out
+        assert drawn.exists() == there
+
+
+def test_without_numbers_of_ones_own_the_tables_are_the_pages(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command(claims, "--sheet", "--out", tmp_path) == 0
+    page = (claims.ROOT / ".github/results/README.md").read_text()
+    tables = [part for part in (tmp_path / "claims.md").read_text().split("\n\n") if part[0] == "|"]
+    assert len(tables) > 5 and all(table.strip() in page for table in tables)
 
 
 def test_figures_are_of_the_images_that_can_be_read(do, data):
