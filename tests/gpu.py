@@ -58,7 +58,7 @@ def command(name, script, *argv, launcher=()):
     argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv), "--out", out]
     done = subprocess.run(argv, cwd=claims.ROOT, capture_output=True, text=True)
     said = (done.stdout + done.stderr).strip().splitlines()
-    last = [line for line in said if "Error" in line][-1:] or said[-1:]
+    last = [line for line in said if "Error" in line][:1] or said[-1:]
     report(f"{name}: seconds", round(time.perf_counter() - start, 1), not done.returncode,
            f"exit code {done.returncode}: {last}" if done.returncode else "")
     return out, [line for line in pretrain.read_log(out) if "loss" in line]
