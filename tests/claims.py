@@ -35,6 +35,7 @@ delete what was measured of it too. Numbers are in --out/SET/results.json, table
 --out/claims.md. The results page has copies: .github/results/SET.json is a results.json, its tables
 are those of claims.md. Where --out has no numbers of a set, --sheet takes that copy.
 """
+import collections
 import concurrent.futures
 import itertools
 import json
@@ -318,6 +319,11 @@ class Job(NamedTuple):
     argv: list
     figure: str = ""  # of FIGURES
 
+    @property
+    def kind(self):
+        """Commands of a kind take about the same time."""
+        return self.folder.parent, self.argv[0], self.right.get("steps"), "--head" in self.argv
+
 
 def jobs(args, data, arm, seed):
     """The Jobs of one encoder, in order."""
@@ -446,8 +452,8 @@ class Work:
                 if not result(job):
                     self.results[data].pop(job.folder.name, None)
         self.cores = [*os.sched_getaffinity(0)] if hasattr(os, "sched_getaffinity") else [None]
-        self.workers, self.took = len(self.cores), []  # seconds of commands
-        self.left = sum(map(len, todo.values()))
+        self.workers, self.took = len(self.cores), {}  # seconds of commands, by kind
+        self.left = collections.Counter(job.kind for jobs in todo.values() for job in jobs)
 
     def encoder(self, data, all_jobs):
         """All commands of one encoder, until one fails."""
@@ -481,13 +487,15 @@ class Work:
             self.results[data][out.name] = found
             text = json.dumps(self.results[data], indent=0)
             pretrain.write_text(self.args.out / data / "results.json", text)
-            self.left -= 1
+            self.left[job.kind] -= 1
             if not there:
-                self.took.append(time.monotonic() - began)
-            said = f"{data}/{out.name} {found}\n{self.left} commands left"
+                self.took.setdefault(job.kind, []).append(time.monotonic() - began)
+            said = f"{data}/{out.name} {found}\n{self.left.total()} commands left"
             if self.took:
-                hours = self.left * statistics.mean(self.took) / self.workers / 3600
-                said += f", {hours:.1f} h"
+                mean = {kind: statistics.mean(seconds) for kind, seconds in self.took.items()}
+                usual = statistics.mean(mean.values())
+                hours = sum(n * mean.get(kind, usual) for kind, n in self.left.items()) / 3600
+                said += f", {hours / self.workers:.1f} h"
             print(said, flush=True)
         return True
 
@@ -725,7 +733,7 @@ def main(argv=None):
     work = Work(args, todo)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: work.stop())
-    print(f"{len(todo)} encoders, {work.left} commands, {work.workers} cores -> {args.out}",
+    print(f"{len(todo)} encoders, {work.left.total()} commands, {work.workers} cores -> {args.out}",
           flush=True)
     with concurrent.futures.ThreadPoolExecutor(len(work.cores)) as pool:
         for done in [pool.submit(work.encoder, e[0], todo[e]) for e in todo]:
