@@ -33,7 +33,7 @@ One arm is at work on each core. Every part is a run in --out/SET. What was stop
 was. A change of the code is not noticed: delete the runs that it changes. To make an encoder anew,
 delete what was measured of it too. Numbers are in --out/SET/results.json, tables in
 --out/claims.md. The results page has copies: .github/results/SET.json is a results.json, its tables
-are those of claims.md. Where --out has no numbers of a set, --sheet takes that copy.
+are those of claims.md. Where --out has no numbers, --sheet takes these.
 """
 import collections
 import concurrent.futures
@@ -430,23 +430,20 @@ def result(job):
         return None
 
 
-def results_of(args, data):
-    """What has been found on a set, {folder: result}. For --sheet, if it is nothing, the page's."""
-    file = args.out / data / "results.json"
-    if args.sheet and not file.exists():
-        file = ROOT / f".github/results/{data}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+def results_in(folder, name="{}/results.json"):
+    """What has been found, {set: {folder: result}}."""
+    files = {data: folder / name.format(data) for data in SETS}
+    return {data: json.loads(x.read_text()) if x.exists() else {} for data, x in files.items()}
 
 
 class Work:
     """Runs the commands, an encoder on each core."""
 
     def __init__(self, args, todo):
-        self.args, self.results = args, {}
+        self.args, self.results = args, results_in(args.out)  # what is not asked for now stays
         self.lock, self.running, self.stopped = threading.RLock(), [], ""
-        for data in SETS:  # what is not asked for now stays in the tables
+        for data in SETS:
             (args.out / data).mkdir(parents=True, exist_ok=True)
-            self.results[data] = results_of(args, data)
         for (data, *_), all_jobs in todo.items():
             for job in all_jobs:  # what has been deleted is out of the tables until it is done
                 if not result(job):
@@ -668,12 +665,12 @@ def sheet(args):
     print(f"drawn: {out / 'figures.png'}")
 
 
-def panels(args):
+def panels(args, results):
     """PANELS of which two arms are measured: ours on the left axis, the paper's on the right."""
     from matplotlib import pyplot as plt
     tried = []
     for data, measure in (("shapes", "top1"), (RESNET, "linear")):
-        found = by_seed(results_of(args, data), measure)
+        found = by_seed(results[data], measure)
         tried += [(f"{title}, {data}", measure, [line.split() for line in arms.split(";")], found)
                   for title, arms in PANELS.items()
                   if sum(arm in found for arm in re.split("[ ;]", arms)) > 1]
@@ -718,12 +715,16 @@ def main(argv=None):
     args = options(argv)
     if args.sheet:
         (args.out / "figures").mkdir(parents=True, exist_ok=True)
-        tables(args, {data: results_of(args, data) for data in SETS})
+        results = results_in(args.out)
+        if not any(results.values()):
+            print(f"{args.out} has no numbers: these are the page's\n")
+            results = results_in(ROOT / ".github/results", "{}.json")
+        tables(args, results)
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             return print("no figures without matplotlib: pip install matplotlib")
-        panels(args)
+        panels(args, results)
         return sheet(args)
     if "fashion_mnist" in args.data:  # not found out after days
         asked = ["--data", "fashion_mnist", "--root", str(args.root)]
