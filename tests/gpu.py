@@ -52,9 +52,13 @@ def losses_of(lines):
     return [line["loss"] for line in lines]
 
 
-def command(name, script, *argv, launcher=()):
-    """Run a script in a folder of its own -> that folder and the lines of its log."""
+def command(name, script, *argv, processes=0):
+    """Run a script in a folder of its own -> that folder and the lines of its log. processes: by
+    torchrun, 0: by python.
+    """
     out, start = folder / name.replace(" ", "_"), time.perf_counter()
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
+    launcher = torchrun.split() if processes else []
     argv = [sys.executable, *launcher, f"{script}.py", *map(str, argv), "--out", out]
     done = subprocess.run(argv, cwd=claims.ROOT, capture_output=True, text=True)
     said = (done.stdout + done.stderr).strip().splitlines()
@@ -144,12 +148,11 @@ def nccl():
     """
     script = folder / "nccl.py"
     script.write_text(NCCL)
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=1".split()
     for task, model in (("zoom_in_mask", "vit_micro"), ("a2mim", "resnet18")):
         argv = [*SMALL, "--task", task, "--model", model, "--steps", 20, "--batch_size", 64,
                 "--accum", 2]
         alone = command(f"alone {task}", "pretrain", *argv)[1]
-        joined = command(f"NCCL {task}", script.with_suffix(""), *argv, launcher=launcher)[1]
+        joined = command(f"NCCL {task}", script.with_suffix(""), *argv, processes=1)[1]
         apart = furthest(losses_of(alone), losses_of(joined))
         report(f"{task}, {model}, as one of several: 20 losses, relative", apart,
                len(joined) == 20 and apart < 1e-2, "below 1e-2")
@@ -179,9 +182,8 @@ def kill():
     """A run killed by kill -9 goes on as two processes, which share the GPU if there is one: its
     losses are those of a run of two that was never stopped.
     """
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     argv = [*SMALL, "--steps", 60, "--save_every", 20, "--batch_size", 64]
-    whole = command("never stopped", "pretrain", *argv, launcher=launcher)[1]
+    whole = command("never stopped", "pretrain", *argv, processes=2)[1]
     out = folder / "killed"
     child = subprocess.Popen([sys.executable, "pretrain.py", *map(str, argv), "--out", out],
                              cwd=claims.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -190,7 +192,7 @@ def kill():
     killed = child.poll() is None
     child.kill()
     child.wait()
-    parts = command("killed", "pretrain", *argv, "--resume", launcher=launcher)[1]
+    parts = command("killed", "pretrain", *argv, "--resume", processes=2)[1]
     apart = furthest(losses_of(whole), losses_of(parts))
     right = killed and len(whole) == len(parts) and apart < 1e-2
     report("killed and resumed: losses beside one never stopped, relative", apart, right)
